@@ -127,7 +127,10 @@ def _of_images(images: Sequence[ImageSource], name: str, limits: VideoLimits) ->
 def _of_directory(path: Path, name: str, frames: int | None, fps: float | None, limits: VideoLimits) -> Video:
     if fps is not None:
         raise ImageError(f"{name} is a directory of images, which have no times; give a number of frames instead.")
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    try:
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    except OSError as error:
+        raise ImageError(f"{name} cannot be read as a video: {error.strerror or error}.") from None
     if not found:
         raise ImageError(f"{name} is a directory without images; give a video file, or a directory of frames.")
     wanted = video_decoding.spread(len(found), frames or DEFAULT_FRAMES)

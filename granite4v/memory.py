@@ -75,10 +75,11 @@ def _of_machine(meminfo: Path) -> int | None:
 
 
 def _of_container(cgroup: Path) -> int | None:
-    """Free bytes of the container's control group (version 2): limit minus use, plus file pages."""
+    """Free bytes of the container's control group (version 2): limit minus use, plus file pages that can be dropped."""
     try:
         limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        files = re.search(r"^file (\d+)$", (cgroup / "memory.stat").read_text(), re.MULTILINE)
-        return int(limit) - int(used) + (int(files[1]) if files else 0)
+        numbers = dict(re.findall(r"^(file|shmem) (\d+)$", (cgroup / "memory.stat").read_text(), re.MULTILINE))
+        droppable = int(numbers.get("file", 0)) - int(numbers.get("shmem", 0))  # 'file' includes tmpfs, which stays
+        return int(limit) - int(used) + max(0, droppable)
     except (OSError, ValueError):  # version 1, no limit ('max'), or no control group
         return None

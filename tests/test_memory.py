@@ -25,6 +25,8 @@ def test_the_smaller_of_machine_and_container(tmp_path: Path) -> None:
     limited = container(tmp_path / "limited", "4000000000", 3_000_000_000, "anon 1\nfile 500000000\nfile_mapped 7")
     assert available_bytes(meminfo, limited) == 1_500_000_000  # pages of files can be dropped
     assert available_bytes(missing, limited) == 1_500_000_000
+    shared = container(tmp_path / "shared", "4000000000", 3_000_000_000, "anon 1\nfile 500000000\nshmem 200000000")
+    assert available_bytes(meminfo, shared) == 1_300_000_000  # tmpfs stays
     unlimited = container(tmp_path / "unlimited", "max", 3_000_000_000, "file 5")
     assert available_bytes(meminfo, unlimited) == 8_000_000 * 1024
     assert available_bytes(missing, missing) is None

@@ -222,8 +222,9 @@ def _history(path: Path) -> History:
 
 def _halve(path: Path) -> None:
     """Keeps the newer half of a history file. The cut is before the first entry in that half: entries begin with an
-    empty line."""
+    empty line. Nothing is kept if one entry fills that half."""
     content = path.read_bytes()
-    kept = content[content.find(b"\n\n", len(content) // 2) + 1 :]
+    _, _, kept = content[len(content) // 2 :].partition(b"\n\n")
+    kept = b"\n" + kept if kept else b""
     os.close(new_file(path, 0o600))
     path.write_bytes(kept)

@@ -252,8 +252,14 @@ class _Work:
             for file in self.choice.files:
                 try:
                     os.link(self._complete(file), new / file.name)
-                except OSError:  # no hard links here: move it; if the pull fails later, it is downloaded again
+                except OSError:  # no hard links here: move it; if the process is killed later, it is downloaded again
                     self._complete(file).replace(new / file.name)
+
+    def _give_back(self, collected: Path) -> None:
+        """Moves files back among the downloads that were moved for want of hard links."""
+        for file in self.choice.files:
+            if not self._complete(file).exists():
+                (collected / file.name).replace(self._complete(file))
 
     def _convert(self, new: Path, conversion: Conversion) -> None:
         checkpoint = self.downloads / "checkpoint"
@@ -264,6 +270,10 @@ class _Work:
             conversion.run(
                 Checkpoint(checkpoint, self.repository.name, self.repository.commit, self.choice.variant), new
             )
+        except BaseException:
+            with contextlib.suppress(OSError):  # which would hide why the conversion failed
+                self._give_back(checkpoint)
+            raise
         finally:
             shutil.rmtree(checkpoint, ignore_errors=True)
 

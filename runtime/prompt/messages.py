@@ -62,9 +62,9 @@ def normalize(prompt: Prompt, images: Sequence[Any] = (), placeholder: str | Non
 
     Raises PromptError for messages of another form, and when the numbers of images and image parts differ.
     """
+    given = [VideoOf(item) if isinstance(item, clip_projector.Video) else item for item in images]
     if isinstance(prompt, str):
         written = bool(placeholder) and bool(images) and prompt.count(str(placeholder)) == len(images)
-        given = [VideoOf(item) if isinstance(item, clip_projector.Video) else item for item in images]
         kinds = ("video" if isinstance(item, VideoOf) else "image" for item in given)
         parts: list[dict[str, Any]] = [] if written else [{"type": kind} for kind in kinds]
         return Conversation([{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}], given)
@@ -76,7 +76,7 @@ def normalize(prompt: Prompt, images: Sequence[Any] = (), placeholder: str | Non
     found: list[Any] = []
     messages = [_message(message, number, found) for number, message in enumerate(prompt, 1)]
     if placeholder and not found and images and _count(messages, placeholder) == len(images):
-        return Conversation(messages, list(images))
+        return Conversation(messages, given)
     return Conversation(messages, _match(found, images))
 
 

@@ -390,15 +390,21 @@ def test_an_unknown_type_is_refused_before_the_download(hub: Hub, folder: Path, 
     assert hub.downloads(".safetensors") == []
 
 
+@pytest.mark.parametrize("has_hard_links", [True, False])
 def test_a_conversion_that_fails_keeps_the_download(
-    hub: Hub, folder: Path, checkpoint: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    hub: Hub, folder: Path, checkpoint: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, has_hard_links: bool
 ) -> None:
     hub.add("ibm/tiny", checkpoint)
 
     def fail(*_: object) -> None:
         raise CheckpointError("no conversion today.")
 
+    def refuse(*_: object) -> None:
+        raise PermissionError("no hard links here")
+
     with monkeypatch.context() as context:
+        if not has_hard_links:
+            context.setattr("granite4v.models.pulling.os.link", refuse)
         context.setattr("granite4v.converter.convert", fail)
         with pytest.raises(CheckpointError, match="no conversion today"):
             pull(HubName("ibm/tiny"))

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from granite4v.clip_projector import load_video
 from granite4v.errors import PromptError
-from granite4v.runtime.prompt.messages import normalize
+from granite4v.runtime.prompt.messages import VideoOf, normalize
 
 IMAGE = {"type": "image"}
 
@@ -26,6 +28,13 @@ def test_text_is_one_user_turn_with_the_images_first() -> None:
     conversation = normalize("what?", ["a.png", "b.png"])
     assert conversation.messages == [user(IMAGE, IMAGE, text("what?"))]
     assert conversation.images == ["a.png", "b.png"]
+
+
+def test_a_video_is_one_wherever_its_placeholder_is_written() -> None:
+    video = load_video([Image.new("RGB", (8, 8))] * 2)
+    for prompt in ("<video> what?", [{"role": "user", "content": "<video> what?"}]):
+        conversation = normalize(prompt, [video], placeholder="<video>")
+        assert conversation.images == [VideoOf(video)]
 
 
 def test_string_content_becomes_a_text_part() -> None:
