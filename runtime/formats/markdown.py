@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from itertools import groupby
 
 from granite4v.runtime.formats.table import Table, printable
+
+# what a renderer would not show as it stands: '|', tags, entities, emphasis, code, strikethrough, links
+_MARKUP = re.compile(r"\\|[|`*]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<!\w)_|_(?!\w)|~~|!?\[(?=[^\]]*\][(\[])")
 
 
 def write_markdown(table: Table) -> str:
@@ -29,4 +33,5 @@ def _joined(texts: tuple[str, ...]) -> str:
 
 
 def _escape(text: str) -> str:
-    return printable(" ".join(text.splitlines())).replace("\\", "\\\\").replace("|", "\\|")
+    shown = printable(" ".join(text.splitlines()))
+    return _MARKUP.sub(lambda found: "".join(f"\\{character}" for character in found[0]), shown)
