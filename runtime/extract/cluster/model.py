@@ -14,7 +14,7 @@ from granite4v.runtime.engine.trial import try_once
 from granite4v.runtime.extract.cluster.asker import RayAsker
 from granite4v.runtime.extract.cluster.connection import connected, nodes, shares
 from granite4v.runtime.extract.cluster.crew import Crew, Say, divided, on_hosts
-from granite4v.runtime.extract.cluster.worker import Assignment, Find, Loaded, worker_options
+from granite4v.runtime.extract.cluster.worker import Assignment, Find, Loaded, versions, worker_options
 from granite4v.runtime.extract.options import ExtractOptions
 from granite4v.runtime.extract.questions import Question
 from granite4v.runtime.llama.files import MAX_COUNT, ModelFiles
@@ -84,7 +84,8 @@ class RayModel:
         options = worker_options(self._options)
         there = nodes(ray)
         n_workers = sum(len(shares(node, options.n_threads, options.device)) for node in there)
-        assignment = Assignment(_name(self._model), self._model.find, hashes, questions, options, n_questions)
+        name, find = _name(self._model), self._model.find
+        assignment = Assignment(name, find, hashes, questions, options, n_questions, versions())
         crew = Crew(ray, divided(assignment, n_workers), say)
         self._opened.callback(crew.close)
         _wait_for(crew, say)

@@ -12,7 +12,7 @@ from typing import Any
 import PIL.Image
 
 from granite4v.clip_projector.images import Image
-from granite4v.errors import ModelFileError
+from granite4v.errors import DeviceError, ModelFileError
 from granite4v.ggml.cpu import default_threads
 from granite4v.runtime.documents import Page
 from granite4v.runtime.engine.parallel import Workload
@@ -31,7 +31,7 @@ Find = Callable[["str | Path | None", Callable[[str], None]], "str | Path"]
 class Assignment:
     """What every worker of a run gets. `name`: the model as it was given, which `find` resolves on each node;
     `hashes`: SHA-256 of its files by role, which must be the same there. `n_questions`: for one worker; None if
-    unknown."""
+    unknown. `versions`: of the packages that decide what answers say, which must be the same there, too."""
 
     name: str | Path | None
     find: Find
@@ -39,6 +39,7 @@ class Assignment:
     questions: tuple[Question, ...]
     options: ExtractOptions
     n_questions: int | None
+    versions: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,9 @@ class Worker:
         self._assignment: Assignment | None = None
 
     async def load(self, assignment: Assignment) -> Loaded:
-        """Loads the model. Raises ModelFileError if its files differ from those of the process that started the run,
-        and what finding or loading a model raises."""
+        """Loads the model. Raises DeviceError if packages on this node have other versions than those of the process
+        that started the run, ModelFileError if its model files differ, and what finding or loading a model raises."""
+        _check_versions(assignment.versions, versions())
         options = assignment.options
         path = assignment.find(assignment.name, _nothing)
         with ModelFiles.open(path, mmproj=options.mmproj) as files:
@@ -129,7 +131,17 @@ def worker_options(options: ExtractOptions) -> ExtractOptions:
 
 
 def versions() -> dict[str, str]:
+    """Versions of the packages that decide what answers say."""
     return {name: version(name) for name in ("granite4v", "llama-cpp-python")}
+
+
+def _check_versions(wanted: Mapping[str, str], found: Mapping[str, str]) -> None:
+    for name, there in wanted.items():
+        if found.get(name) != there:
+            raise DeviceError(
+                f"{name} {found.get(name)} is installed here, but {there} where the run was started; install the same "
+                "version on every node."
+            )
 
 
 def _check_same(wanted: Mapping[str, str], found: Mapping[str, str], files: ModelFiles) -> None:

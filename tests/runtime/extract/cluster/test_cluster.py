@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -16,10 +17,11 @@ import ray.data
 
 import granite4v
 from granite4v.clip_projector.images import Image
-from granite4v.errors import ModelFileError
+from granite4v.errors import DeviceError, ModelFileError
 from granite4v.runtime.extract import ArgumentError, State, extract
 from granite4v.runtime.extract.asking import ModelAsker
 from granite4v.runtime.extract.cluster import OnRay, RayModel
+from granite4v.runtime.extract.cluster.worker import Assignment, Worker, versions
 from granite4v.runtime.extract.options import ExtractOptions
 from granite4v.runtime.extract.questions import questions
 from granite4v.runtime.llama.fingerprint import model_hashes
@@ -170,6 +172,13 @@ def test_another_model_on_a_node_is_refused(
     with pytest.raises(ModelFileError, match=r"on node '.+': '.+' is another text file than that of the process"):
         start(model, scans, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_another_version_on_a_node_is_refused(folder: Path) -> None:
+    other = {**versions(), "llama-cpp-python": "0.0.1"}
+    assignment = Assignment(folder, find_another, {}, (), ExtractOptions(**SETTINGS), None, other)
+    with pytest.raises(DeviceError, match=r"llama-cpp-python .+ is installed here, but 0\.0\.1 where the run was"):
+        asyncio.run(Worker(1).load(assignment))
 
 
 def test_pages_on_their_way_take_a_bounded_part_of_the_object_store(cluster: None, model: OnRay) -> None:
