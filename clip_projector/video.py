@@ -20,7 +20,7 @@ from granite4v.clip_projector import video_decoding
 from granite4v.clip_projector.files import shown
 from granite4v.clip_projector.images import Image, ImageSource, load_image
 from granite4v.clip_projector.views import Video
-from granite4v.errors import DeviceError, ImageError, ImageWarning
+from granite4v.errors import ArgumentError, DeviceError, ImageError, ImageWarning
 
 VideoSource: TypeAlias = "Video | str | Path | bytes | Sequence[ImageSource]"
 
@@ -48,7 +48,7 @@ def load_video(source: VideoSource, *, frames: int | None = None, fps: float | N
     is returned as it is.
 
     Warns (ImageWarning) of a file with fewer frames than it says. Raises ImageError for what cannot be read as a video,
-    DeviceError without PyAV or room for temporary files, ValueError for a number of frames that is out of range.
+    DeviceError without PyAV or room for temporary files, ArgumentError for a number of frames that is out of range.
     """
     video, said = read_video(source, frames=frames, fps=fps)
     for message in said:
@@ -100,13 +100,13 @@ def _scratch_file(content: bytes = b"") -> IO[bytes]:
 
 
 def check_sampling(frames: int | None, fps: float | None, limits: VideoLimits = LIMITS) -> None:
-    """Raises ValueError for a number of frames that makes no sense."""
+    """Raises ArgumentError for a number of frames that makes no sense."""
     if frames is not None and fps is not None:
-        raise ValueError("give the number of frames or frames a second, not both.")
+        raise ArgumentError("give the number of frames or frames a second, not both.")
     if frames is not None and not 1 <= frames <= limits.n_frames:
-        raise ValueError(f"frames is {frames:,}; expected 1 to {limits.n_frames:,}.")
+        raise ArgumentError(f"frames is {frames:,}; expected 1 to {limits.n_frames:,}.")
     if fps is not None and not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps is {fps:g}; expected a number above 0.")
+        raise ArgumentError(f"fps is {fps:g}; expected a number above 0.")
 
 
 def _choice(frames: int | None, fps: float | None, limits: VideoLimits) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import operator
 from typing import Any, Literal, TypeAlias
 
+from granite4v.errors import ArgumentError
+
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "metal"]
 # How matrices of a vision file in F32, F16 or BF16 are multiplied: as they are, rounded to bfloat16, as 8-bit integers
 # in the type that is the fastest here, or in one of these types.
@@ -21,7 +23,7 @@ MAX_THREADS = 512  # ggml's GGML_MAX_N_THREADS; more end the process
 
 def whole_number(name: str, value: Any, least: int) -> int:
     """The value as an int, from Python's or NumPy's integers. Raises TypeError for anything else (True and 2.0 too),
-    ValueError for an integer below `least`."""
+    ArgumentError for an integer below `least`."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -29,5 +31,5 @@ def whole_number(name: str, value: Any, least: int) -> int:
     if number is None:
         raise TypeError(f"{name} is {value!r:.60}; expected an integer of {least} or more.")
     if number < least:
-        raise ValueError(f"{name} is {number}; expected {least} or more.")
+        raise ArgumentError(f"{name} is {number}; expected {least} or more.")
     return number

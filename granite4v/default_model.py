@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import granite4v
-from granite4v.errors import CheckpointError, HubError, ModelFileError, OutputError
+from granite4v.errors import ArgumentError, CheckpointError, HubError, ModelFileError, OutputError
 from granite4v.extras import check_installed
 from granite4v.paths import cache_folder, temporary_folder
 
@@ -122,7 +122,6 @@ def extract(
                 for table in record.tables:
                     print(table.texts())
     """
-    from granite4v.runtime.extract import ArgumentError
     from granite4v.runtime.extract import extract as run_extract
 
     if model is None or isinstance(model, str | Path):
@@ -158,7 +157,7 @@ class DocumentReader:
         """Loads the model, once for each worker. `options` as `extract` takes them, without those about files that it
         writes; `n_threads` is by default what Ray leaves the worker. Raises ArgumentError, and what `load` raises."""
         from granite4v.runtime.engine.parallel import Workload
-        from granite4v.runtime.extract import ArgumentError, ExtractOptions
+        from granite4v.runtime.extract import ExtractOptions
         from granite4v.runtime.extract.arguments import checked
         from granite4v.runtime.extract.document_batches import PATHS, cores
 

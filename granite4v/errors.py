@@ -8,6 +8,10 @@ class Granite4vError(Exception):
     """Base class of every error that a user, a file or the machine can cause."""
 
 
+class ArgumentError(Granite4vError, ValueError):
+    """Arguments that make no sense, or do not go together: wrong usage, where the others are about files or models."""
+
+
 class CheckpointError(Granite4vError):
     """A Hugging Face checkpoint or adapter that cannot be converted."""
 

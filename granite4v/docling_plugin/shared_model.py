@@ -12,6 +12,7 @@ from docling.datamodel.accelerator_options import AcceleratorOptions
 from granite4v.choices import Device
 from granite4v.default_model import load
 from granite4v.docling_plugin.options import ModelOptions
+from granite4v.errors import ArgumentError
 from granite4v.runtime.engine.parallel import Workload
 from granite4v.runtime.model import Model
 
@@ -22,7 +23,7 @@ _loading = threading.Lock()
 
 def shared_model(options: ModelOptions, accelerator: AcceleratorOptions) -> Model:
     """The model of these options, loaded unless a stage of this process uses it already. Never close it: it is freed
-    with the last stage that refers to it. Raises what `granite4v.load` raises, and ValueError for a device that
+    with the last stage that refers to it. Raises what `granite4v.load` raises, and ArgumentError for a device that
     granite4v has not."""
     settings: dict[str, Any] = {
         "path": options.model,
@@ -53,5 +54,7 @@ def _device(name: str) -> Device:
         return "cuda"
     devices: dict[str, Device] = {"auto": "auto", "cpu": "cpu", "mps": "metal"}
     if name not in devices:
-        raise ValueError(f"accelerator_options.device is {name!r:.40}; granite4v computes on auto, cpu, cuda or mps.")
+        raise ArgumentError(
+            f"accelerator_options.device is {name!r:.40}; granite4v computes on auto, cpu, cuda or mps."
+        )
     return devices[name]

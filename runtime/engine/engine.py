@@ -71,7 +71,7 @@ class Engine:
         cache_type: CacheType = "f16",
     ) -> None:
         """`n_parallel`: requests that are computed side by side; the others: see `Model.load`. Raises DeviceError,
-        TypeError, ValueError."""
+        TypeError, ArgumentError."""
         find_device(device)  # a device that is missing is reported now, not after the first image
         self.files, self.device, self.exact, self.cache_type = files, device, exact, cache_type
         self.n_threads = check_threads(n_threads)

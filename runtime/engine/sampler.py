@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from granite4v.errors import ArgumentError
+
 # Infinities differ by no number, so none could be drawn among them.
 _LEAST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
@@ -42,7 +44,7 @@ class Sampling:
         )
         for name, fits, expected in limits:
             if not fits:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected {expected}.")
+                raise ArgumentError(f"{name} is {getattr(self, name)}; expected {expected}.")
 
 
 class Sampler:

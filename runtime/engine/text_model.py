@@ -21,7 +21,7 @@ DEFAULT_CONTEXT = 8192  # tokens, where the model has as many
 
 def context_size(files: ModelFiles, asked: int | None, warnings: list[str]) -> int:
     """Tokens of prompt and answer: as many as were asked for, or usual, and as the model was trained with; what is cut
-    off is added to the warnings. Raises TypeError, ValueError."""
+    off is added to the warnings. Raises TypeError, ArgumentError."""
     n_ctx = DEFAULT_CONTEXT if asked is None else whole_number("n_ctx", asked, 1)
     trained = files.text.integer(files.text_key(keys.CONTEXT_LENGTH), 1, MAX_COUNT)
     if asked is not None and n_ctx > trained:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from granite4v.errors import ArgumentError
 from granite4v.runtime.formats.csv_ import CSV_ROWS, csv_places, read_csv, salvage_csv
 from granite4v.runtime.formats.csv_grammar import CSV
 from granite4v.runtime.formats.fields import FIELDS_ROWS, KVP_PROMPT, field_places, read_fields, salvage_fields
@@ -131,12 +132,12 @@ class Salvaged:
 
 
 def find_task(name: str) -> Task:
-    """The entry of a task, with or without angle brackets; 'prompt' is QUESTION. Raises ValueError for others."""
+    """The entry of a task, with or without angle brackets; 'prompt' is QUESTION. Raises ArgumentError for others."""
     bare = name.strip().removeprefix("<").removesuffix(">")
     if bare == QUESTION.name:
         return QUESTION
     if bare not in TASKS:
-        raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}.")
+        raise ArgumentError(f"unknown task {name!r}; known: {', '.join(TASKS)}.")
     return TASKS[bare]
 
 
@@ -149,7 +150,7 @@ def read(task: str, text: str) -> Any:
     """What an answer says: tables (list of Table), a chart's data (Table), fields (dict or list), code or prose (str).
 
     `task`: as for `find_task`; 'kvp' is the key-value prompt. Raises AnswerError when the answer is not in the task's
-    format, ValueError for an unknown task.
+    format, ArgumentError for an unknown task.
     """
     return find_task(task).read(replace_surrogates(text))
 
@@ -169,7 +170,7 @@ def places(task: str, text: str, value: Any) -> list[Place]:
     """Where the cells or fields of a value stand in the answer that `read` or `salvage` found it in; of code and prose,
     all of the text. In the order of the text; a cell or field that is written nowhere has no place.
 
-    `task`: as for `find_task`. Raises ValueError for an unknown task.
+    `task`: as for `find_task`. Raises ArgumentError for an unknown task.
     """
     found = find_task(task)
     tables = ([value] if isinstance(value, Table) else value) if found.gives_tables else ()
