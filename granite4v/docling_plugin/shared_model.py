@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import threading
 import weakref
@@ -35,12 +37,23 @@ def shared_model(options: ModelOptions, accelerator: AcceleratorOptions) -> Mode
         "vision_compute": options.vision_compute,
         "cache_type": options.cache_type,
     }
+    if options.model is None:
+        tell_of_nano()
     key = (os.getpid(), *settings.values())
     with _loading:
         model = _models.get(key)
         if model is None:
             model = _models[key] = load(**settings, workload=Workload(None, options.max_tokens))
         return model
+
+
+@functools.cache
+def tell_of_nano() -> None:
+    """Warns once in a process that no real model reads, as the command line does."""
+    logging.getLogger("granite4v").warning(
+        "no model given: using the embedded 'nano', a small model trained on synthetic documents; give a real one with "
+        "model='DIR' in the options"
+    )
 
 
 def _chosen_threads(accelerator: AcceleratorOptions) -> int | None:
