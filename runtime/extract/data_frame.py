@@ -10,6 +10,7 @@ from typing import Any
 from granite4v.extras import check_installed
 from granite4v.runtime.extract.record import Record
 from granite4v.runtime.extract.results_log import ResultsLog
+from granite4v.runtime.formats.json_values import replace_surrogates
 
 
 def read_results(folder: str | Path, *, arrow: bool = False) -> Any:
@@ -17,8 +18,10 @@ def read_results(folder: str | Path, *, arrow: bool = False) -> Any:
 
     Reads `results.jsonl` alone and writes nothing, so a run may go on meanwhile: of records with the same key the last
     counts, an unfinished last line is left out, and the order is that of a finished run: by document, page and task.
-    `value` is as in `Record`. `arrow`: a pyarrow.Table instead, all of whose columns are JSON's plain values; what is
-    nested is JSON text.
+    Values are those of `Record`. A column has the same type whatever the records hold: `page` and `n_pages` Int64 and
+    `dpi` Float64, with pandas.NA for what is missing; `valid` and `salvaged` bool; all others object, with None.
+    `arrow`: a pyarrow.Table instead, of int64, double, bool and string, with null for what is missing; what is nested
+    is JSON text, and lone surrogates are replaced.
 
     Raises OutputError for a folder without results and for a file that holds anything but records; Granite4vError
     where pandas or pyarrow is not installed.
@@ -32,7 +35,7 @@ def read_results(folder: str | Path, *, arrow: bool = False) -> Any:
 
     columns = list(Record.__dataclass_fields__)
     return pandas.DataFrame(
-        {name: pandas.Series([getattr(one, name) for one in records], dtype=_DTYPES.get(name)) for name in columns}
+        {name: pandas.Series([getattr(one, name) for one in records], dtype=_dtype(name)) for name in columns}
     )
 
 
@@ -41,20 +44,24 @@ def arrow_table(records: Iterable[Record]) -> Any:
     import pyarrow
 
     columns = list(Record.__dataclass_fields__)
-    rows = [{name: _plain(value) for name, value in one.as_dict().items()} for one in records]
-    return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema([(name, _arrow_type(name)) for name in columns]))
+    types = {name: _ARROW_TYPES.get(_dtype(name), "string") for name in columns}
+    rows = [
+        {name: _text(value) if types[name] == "string" else value for name, value in one.as_dict().items()}
+        for one in records
+    ]
+    return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(list(types.items())))
 
 
-_DTYPES = {
-    "page": "Int64", "n_pages": "Int64", "dpi": "Float64", "valid": "bool", "salvaged": "bool",
-    **dict.fromkeys(("value", "size_px", "model", "copy_of", "warnings", "timings", "confidence"), "object"),
-}  # fmt: skip
+_DTYPES = {"page": "Int64", "n_pages": "Int64", "dpi": "Float64", "valid": "bool", "salvaged": "bool"}
 _ARROW_TYPES = {"Int64": "int64", "Float64": "float64", "bool": "bool"}
 
 
-def _arrow_type(name: str) -> str:
-    return _ARROW_TYPES.get(_DTYPES.get(name, ""), "string")
+def _dtype(name: str) -> str:
+    """Of a column in pandas: never that of strings, whose missing values are true in a condition."""
+    return _DTYPES.get(name, "object")
 
 
-def _plain(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list | tuple) else value
+def _text(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        value = json.dumps(value, ensure_ascii=False)
+    return None if value is None else str(replace_surrogates(value))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from granite4v.errors import AnswerError
 from granite4v.extras import check_installed
+from granite4v.runtime.formats.json_values import replace_surrogates
 
 MAX_SLOTS = 1_000_000  # far above what an answer can hold; an absurd "colspan" must not fill the memory
 MAX_WRITTEN = 50_000_000  # characters of a table whose cells repeat their text in every slot
@@ -73,15 +75,34 @@ class Table:
         """The text of each slot, (n_rows, n_cols); a spanning cell repeats its text."""
         return [[cell.text for cell in row] for row in self.grid()]
 
+    def column_names(self) -> list[str]:
+        """What the header rows call each column, joined by ' - ' where there are several, as in Markdown.
+
+        A column without a name is called 'column 3', and one with the name of another gets a number: letter case does
+        not count, since databases read it so. Lone surrogates are replaced.
+        """
+        names: list[str] = []
+        taken: set[str] = set()
+        header = self.texts()[: self.n_header_rows]
+        for number in range(1, self.n_cols + 1):
+            parts = [text for text, _ in groupby(row[number - 1] for row in header) if text]
+            plain = name = replace_surrogates(" - ".join(parts)) or f"column {number}"
+            n = 1
+            while name.casefold() in taken:
+                n += 1
+                name = f"{plain} {n}"
+            taken.add(name.casefold())
+            names.append(name)
+        return names
+
     def to_pandas(self) -> Any:
-        """A pandas data frame of texts, (n_rows - n_header_rows, n_cols); its columns are named by the header rows, in
-        levels if there are several. Raises Granite4vError where pandas is not installed."""
+        """A pandas data frame of texts, (n_rows - n_header_rows, n_cols), the same as in Parquet: columns are called by
+        `column_names`, and lone surrogates are replaced. Raises Granite4vError where pandas is not installed."""
         check_installed("to_pandas", "pandas", "pandas")
         import pandas
 
-        rows, n = self.texts(), self.n_header_rows
-        names = None if n == 0 else rows[0] if n == 1 else pandas.MultiIndex.from_arrays(rows[:n])
-        return pandas.DataFrame(rows[n:], columns=names)
+        rows = replace_surrogates(self.texts()[self.n_header_rows :])
+        return pandas.DataFrame(rows, columns=self.column_names(), dtype="str")
 
     def check_repeated(self) -> None:
         """Raises AnswerError when the table is too long for a format that repeats a cell's text in every slot."""
