@@ -17,7 +17,7 @@ import json
 import logging
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,14 +137,19 @@ class DocumentReader:
 
         import granite4v, ray
 
-        paths = ray.data.from_items([{"path": "s3://scans/a.pdf"}, {"path": "s3://scans/b.pdf"}])
-        records = paths.map_batches(
-            granite4v.DocumentReader, fn_constructor_args=("tables_html",), concurrency=2, num_cpus=4, batch_size=16
+        scans = ray.data.from_items([{"path": "s3://scans/a.pdf", "id": 1}, {"path": "s3://scans/b.pdf", "id": 2}])
+        records = scans.map_batches(
+            granite4v.DocumentReader,
+            fn_constructor_args=("tables_html",),
+            compute=ray.data.ActorPoolStrategy(size=2),
+            num_cpus=4,
+            batch_size=16,
         )
 
-    A batch has a column `path`, of paths or URLs, each read once; or `bytes`, the contents of files, with their names
-    in `path` if it is there. The result is a pyarrow.Table like that of `read_results(..., arrow=True)`: a row for each
-    page and task; what fails is a row with its `error`.
+    A batch is a dict of lists or NumPy's arrays, a pandas.DataFrame or a pyarrow.Table. It has a column `path`, of
+    paths or URLs; or `bytes`, the contents of files, with their names in `path` if it is there. The result is a
+    pyarrow.Table like that of `read_results(..., arrow=True)`, with a row for each page and task; what fails is a row
+    with its `error`. The batch's other columns are repeated on each row of their document.
     """
 
     def __init__(
@@ -155,15 +160,20 @@ class DocumentReader:
         **options: Unpack[ExtractFields],
     ) -> None:
         """Loads the model, once for each worker. `options` as `extract` takes them, without those about files that it
-        writes; `n_threads` is by default what Ray leaves the worker. Raises ArgumentError, and what `load` raises."""
+        writes, which are refused; `n_threads` is by default what Ray leaves the worker. Raises ArgumentError, and what
+        `load` raises."""
         from granite4v.runtime.engine.parallel import Workload
         from granite4v.runtime.extract import ExtractOptions
         from granite4v.runtime.extract.arguments import checked
-        from granite4v.runtime.extract.document_batches import PATHS, cores
+        from granite4v.runtime.extract.batch_columns import PATHS
+        from granite4v.runtime.extract.document_batches import cores
 
+        for name in ("out", "formats", "resume", "report", "csv_safe", "retry_failed"):
+            if options.get(name):
+                raise ArgumentError(
+                    f"'{name}' is about files, but a pipeline writes its records itself; leave '{name}' away."
+                )
         _, self._options = checked(PATHS, ExtractOptions(tasks=tasks, **options))
-        if self._options.out is not None:
-            raise ArgumentError("a pipeline writes its records itself; leave 'out' away.")
         chosen = self._options
         self._model = load(
             model,
@@ -178,8 +188,9 @@ class DocumentReader:
             cache_type=chosen.cache_type,
         )
 
-    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> Any:
-        """The records of one batch. Raises ArgumentError for one with neither column."""
+    def __call__(self, batch: Any) -> Any:
+        """The records of one batch. Raises ArgumentError for one of another form, with neither column, or with a column
+        that has the name of one of the records'."""
         from granite4v.runtime.extract.document_batches import answered
 
         return answered(batch, self._options, self._model)
