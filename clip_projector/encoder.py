@@ -28,7 +28,7 @@ from granite4v.clip_projector.tiles_canvas import cut_canvas
 from granite4v.clip_projector.tower import hidden_states, places
 from granite4v.clip_projector.views import TilesLayout, View
 from granite4v.clip_projector.weights import FLOATS, Weights
-from granite4v.errors import DeviceError, ModelFileError
+from granite4v.errors import ArgumentError, DeviceError, ModelFileError
 from granite4v.families.base import TiledTowerConfig, VisionConfig
 from granite4v.families.registry import read_vision
 from granite4v.families.towers import N_CHANNELS
@@ -341,10 +341,10 @@ def quantized_in_memory(
 
     None for 'file', for 'BF16' (factors are rounded to it during multiplication), and for a file without matrices of
     float types. `announce`: as for `VisionEncoder`. Raises DeviceError for a GPU, which has its own kernels, and for a
-    CPU without support; ValueError for a value that `VisionCompute` does not list.
+    CPU without support; ArgumentError for a value that `VisionCompute` does not list.
     """
     if vision_compute not in get_args(VisionCompute):
-        raise ValueError(f"vision_compute is {vision_compute!r:.40}; expected one of {get_args(VisionCompute)}.")
+        raise ArgumentError(f"vision_compute is {vision_compute!r:.40}; expected one of {get_args(VisionCompute)}.")
     if vision_compute == "file":
         return None
     if not backend.is_cpu:

@@ -19,7 +19,7 @@ import PIL.Image
 from PIL.Image import Transpose
 
 from granite4v.clip_projector.files import MAX_FILE_BYTES, is_pdf, is_video, read_whole, shown, url_in, what_it_holds
-from granite4v.errors import ImageError, ImageWarning
+from granite4v.errors import ArgumentError, ImageError, ImageWarning
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
@@ -45,10 +45,10 @@ class Image:
     __slots__ = ("_digest", "_lock", "_pillow")
 
     def __init__(self, pillow: PIL.Image.Image, digest: bytes | None = None) -> None:
-        """`pillow`: RGB, must not be modified afterwards; raises ValueError for another mode. `digest`: if already
+        """`pillow`: RGB, must not be modified afterwards; raises ArgumentError for another mode. `digest`: if already
         known."""
         if pillow.mode != MODE:
-            raise ValueError(f"the image has mode {pillow.mode}; expected {MODE}, as load_image gives it.")
+            raise ArgumentError(f"the image has mode {pillow.mode}; expected {MODE}, as load_image gives it.")
         self._pillow, self._digest = pillow, digest
         self._lock = threading.Lock()
 

@@ -20,7 +20,7 @@ from granite4v.clip_projector import video_decoding
 from granite4v.clip_projector.files import shown
 from granite4v.clip_projector.images import Image, ImageSource, load_image
 from granite4v.clip_projector.views import Video
-from granite4v.errors import DeviceError, ImageError, ImageWarning
+from granite4v.errors import ArgumentError, DeviceError, ImageError, ImageWarning
 
 VideoSource: TypeAlias = "Video | str | Path | bytes | Sequence[ImageSource]"
 
@@ -51,8 +51,8 @@ def load_video(source: VideoSource, *, frames: int | None = None, fps: float | N
     Video unchanged.
 
     Warns (ImageWarning) about a file with fewer frames than it declares. Raises ImageError for a source that cannot be
-    read as a video, DeviceError if PyAV or space for temporary files is missing, ValueError for a number of frames that
-    is out of range.
+    read as a video, DeviceError if PyAV or space for temporary files is missing, ArgumentError for a number of frames
+    that is out of range.
     """
     video, said = read_video(source, frames=frames, fps=fps)
     for message in said:
@@ -105,13 +105,13 @@ def _scratch_file(content: bytes = b"") -> IO[bytes]:
 
 
 def check_sampling(frames: int | None, fps: float | None, limits: VideoLimits = LIMITS) -> None:
-    """Raises ValueError for invalid `frames` or `fps`, or if both are given."""
+    """Raises ArgumentError for invalid `frames` or `fps`, or if both are given."""
     if frames is not None and fps is not None:
-        raise ValueError("give the number of frames or frames a second, not both.")
+        raise ArgumentError("give the number of frames or frames a second, not both.")
     if frames is not None and not 1 <= frames <= limits.n_frames:
-        raise ValueError(f"frames is {frames:,}; expected 1 to {limits.n_frames:,}.")
+        raise ArgumentError(f"frames is {frames:,}; expected 1 to {limits.n_frames:,}.")
     if fps is not None and not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps is {fps:g}; expected a number above 0.")
+        raise ArgumentError(f"fps is {fps:g}; expected a number above 0.")
 
 
 def _choice(frames: int | None, fps: float | None, limits: VideoLimits) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Literal
 from granite4v.clip_projector.grid_anyres import Layout, VideoLayout, layout, square_layout, video_layout
 from granite4v.clip_projector.grid_canvas import CanvasLayout, FramedLayout, canvas_layout, framed_layout
 from granite4v.clip_projector.images import Image
+from granite4v.errors import ArgumentError
 from granite4v.families.base import CanvasConfig, VisionConfig
 
 Form = Literal["tiles", "square", "video"]
@@ -31,7 +32,7 @@ class Video:
 
     def __post_init__(self) -> None:
         if not self.frames:
-            raise ValueError("a video has no frames; give at least one image.")
+            raise ArgumentError("a video has no frames; give at least one image.")
 
     @property
     def size(self) -> tuple[int, int]:

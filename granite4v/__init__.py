@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from granite4v.default_model import DocumentReader, extract, load
     from granite4v.errors import (
         AnswerError,
+        ArgumentError,
         CheckpointError,
         ConstraintError,
         ContextOverflowError,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Answer",
     "AnswerError",
+    "ArgumentError",
     "CheckpointError",
     "Confidence",
     "ConstraintError",
@@ -97,6 +99,7 @@ _find, _ = exports(
         "default_model": ("DocumentReader", "extract", "load"),
         "errors": (
             "AnswerError",
+            "ArgumentError",
             "CheckpointError",
             "ConstraintError",
             "ContextOverflowError",

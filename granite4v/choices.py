@@ -9,6 +9,8 @@ from __future__ import annotations
 import operator
 from typing import Any, Literal, TypeAlias
 
+from granite4v.errors import ArgumentError
+
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "metal"]
 # How the F32, F16 and BF16 matrices of a vision file are multiplied: 'file' as stored, 'BF16' rounded to bfloat16,
 # 'int8' in the 8-bit type that is fastest on this machine, or in the named quantization type.
@@ -21,8 +23,8 @@ MAX_THREADS = 512  # ggml's GGML_MAX_N_THREADS; ggml aborts the process on more
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
-    """Returns a Python or NumPy integer as an int. Raises TypeError for anything else (True and 2.0 too), ValueError
-    for an integer below `least`."""
+    """Returns a Python or NumPy integer as an int. Raises TypeError for anything else (True and 2.0 too),
+    ArgumentError for an integer below `least`."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -30,5 +32,5 @@ def whole_number(name: str, value: Any, least: int) -> int:
     if number is None:
         raise TypeError(f"{name} is {value!r:.60}; expected an integer of {least} or more.")
     if number < least:
-        raise ValueError(f"{name} is {number}; expected {least} or more.")
+        raise ArgumentError(f"{name} is {number}; expected {least} or more.")
     return number

@@ -17,12 +17,12 @@ import json
 import logging
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import granite4v
-from granite4v.errors import CheckpointError, HubError, ModelFileError, OutputError
+from granite4v.errors import ArgumentError, CheckpointError, HubError, ModelFileError, OutputError
 from granite4v.extras import check_installed
 from granite4v.paths import cache_folder, temporary_folder
 
@@ -122,7 +122,6 @@ def extract(
                 for table in record.tables:
                     print(table.texts())
     """
-    from granite4v.runtime.extract import ArgumentError
     from granite4v.runtime.extract import extract as run_extract
 
     if model is None or isinstance(model, str | Path):
@@ -138,14 +137,19 @@ class DocumentReader:
 
         import granite4v, ray
 
-        paths = ray.data.from_items([{"path": "s3://scans/a.pdf"}, {"path": "s3://scans/b.pdf"}])
-        records = paths.map_batches(
-            granite4v.DocumentReader, fn_constructor_args=("tables_html",), concurrency=2, num_cpus=4, batch_size=16
+        scans = ray.data.from_items([{"path": "s3://scans/a.pdf", "id": 1}, {"path": "s3://scans/b.pdf", "id": 2}])
+        records = scans.map_batches(
+            granite4v.DocumentReader,
+            fn_constructor_args=("tables_html",),
+            compute=ray.data.ActorPoolStrategy(size=2),
+            num_cpus=4,
+            batch_size=16,
         )
 
-    A batch has a column `path` (paths or URLs, each read once), or a column `bytes` (file contents) with the names of
-    the files in an optional `path`. The result is a pyarrow.Table like that of `read_results(..., arrow=True)`: one row
-    per page and task; a failure is a row with its `error`.
+    A batch is a dict of lists or NumPy arrays, a pandas.DataFrame or a pyarrow.Table. It has a column `path` (paths or
+    URLs), or a column `bytes` (file contents) with the names of the files in an optional `path`. The result is a
+    pyarrow.Table like that of `read_results(..., arrow=True)`, with one row per page and task; a failure is a row with
+    its `error`. The other columns of the batch are repeated in each row of their document.
     """
 
     def __init__(
@@ -155,16 +159,21 @@ class DocumentReader:
         model: str | Path | None = None,
         **options: Unpack[ExtractFields],
     ) -> None:
-        """Loads the model, once for each worker. `options` are those of `extract`, except those about output files;
-        `n_threads` defaults to the cores that Ray gives the worker. Raises ArgumentError, and what `load` raises."""
+        """Loads the model, once for each worker. `options` are those of `extract`, except those about output files,
+        which are rejected; `n_threads` defaults to the cores that Ray gives the worker. Raises ArgumentError, and what
+        `load` raises."""
         from granite4v.runtime.engine.parallel import Workload
-        from granite4v.runtime.extract import ArgumentError, ExtractOptions
+        from granite4v.runtime.extract import ExtractOptions
         from granite4v.runtime.extract.arguments import checked
-        from granite4v.runtime.extract.document_batches import PATHS, cores
+        from granite4v.runtime.extract.batch_columns import PATHS
+        from granite4v.runtime.extract.document_batches import cores
 
+        for name in ("out", "formats", "resume", "report", "csv_safe", "retry_failed"):
+            if options.get(name):
+                raise ArgumentError(
+                    f"'{name}' is about output files, but a pipeline writes its records itself; leave it out."
+                )
         _, self._options = checked(PATHS, ExtractOptions(tasks=tasks, **options))
-        if self._options.out is not None:
-            raise ArgumentError("a pipeline writes its records itself; leave 'out' away.")
         chosen = self._options
         self._model = load(
             model,
@@ -179,8 +188,9 @@ class DocumentReader:
             cache_type=chosen.cache_type,
         )
 
-    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> Any:
-        """Returns the records of one batch. Raises ArgumentError for a batch with neither column."""
+    def __call__(self, batch: Any) -> Any:
+        """Returns the records of one batch. Raises ArgumentError for a batch of another type, with neither column, or
+        with a column that has the same name as a column of the records."""
         from granite4v.runtime.extract.document_batches import answered
 
         return answered(batch, self._options, self._model)

@@ -8,6 +8,10 @@ class Granite4vError(Exception):
     """Base class of all errors that a user, a file or the machine can cause."""
 
 
+class ArgumentError(Granite4vError, ValueError):
+    """Invalid or contradictory arguments: wrong usage, while other errors are about files, models or the machine."""
+
+
 class CheckpointError(Granite4vError):
     """A Hugging Face checkpoint or adapter that cannot be converted."""
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from granite4v.errors import AnswerError
+from granite4v.errors import AnswerError, ArgumentError
 from granite4v.runtime.answer import STOP, Answer, TokenLogprob
 from granite4v.runtime.formats.place import Key
 from granite4v.runtime.formats.tasks import places, read, salvage
@@ -36,11 +36,11 @@ def confidence(answer: Answer, task: str) -> dict[Key, Confidence]:
     entry, such as text that closed the answer at its limit. A truncated answer has entries for what `formats.salvage`
     finds in it.
 
-    Raises ValueError for an answer without log-probabilities (see `GenerationOptions.logprobs`) and for an unknown
+    Raises ArgumentError for an answer without log-probabilities (see `GenerationOptions.logprobs`) and for an unknown
     task.
     """
     if answer.logprobs is None:
-        raise ValueError("the answer has no log-probabilities; generate it with logprobs=0.")
+        raise ArgumentError("the answer has no log-probabilities; generate it with logprobs=0.")
     value = _value(answer, task)
     if value is None:
         return {}

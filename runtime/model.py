@@ -13,7 +13,7 @@ import numpy as np
 from granite4v import clip_projector
 from granite4v import gguf_keys as keys
 from granite4v.choices import CacheType, Device, VisionCompute, whole_number
-from granite4v.errors import ModelFileError, PromptError
+from granite4v.errors import ArgumentError, ModelFileError, PromptError
 from granite4v.runtime import formats, grammar
 from granite4v.runtime.answer import Answer
 from granite4v.runtime.engine.draft import Drafter, DraftSource
@@ -96,7 +96,7 @@ class Model:
         about half the memory and disk space of 'f16', the default, and changes answers a little.
 
         Raises ModelFileError for files that are damaged or do not belong together, DeviceError for a missing device,
-        ValueError for a `cache_type` with `exact`.
+        ArgumentError for a `cache_type` with `exact`.
         """
         adapter = lora if isinstance(lora, str | Path) else None
         files = ModelFiles.open(path, mmproj=mmproj, adapter=adapter)
@@ -204,12 +204,12 @@ class Model:
     ) -> np.ndarray:
         """Logits before each of `tokens`, which are forced as the answer: float32 `(len(tokens), n_vocab)`.
 
-        Raises ValueError or TypeError for anything that is not a token of the model.
+        Raises ArgumentError or TypeError for anything that is not a token of the model.
         """
         n_vocab = self.files.text.n_texts(keys.TOKENS)
         tokens = [whole_number("a token", token, 0) for token in tokens]
         if max(tokens, default=0) >= n_vocab:  # checked here: inside a batch it would fail every request of the batch
-            raise ValueError(f"token {max(tokens)} is not in the vocabulary; expected 0 to {n_vocab - 1}.")
+            raise ArgumentError(f"token {max(tokens)} is not in the vocabulary; expected 0 to {n_vocab - 1}.")
         return np.stack(self._score(prompt, images, tokens, lora))
 
     def _score(
@@ -264,7 +264,7 @@ class Model:
         'load', 'encode' and 'prefill'.
 
         The request is checked before anything is computed: raises PromptError, ContextOverflowError, ImageError,
-        ConstraintError; TypeError and ValueError for options out of range.
+        ConstraintError; TypeError and ArgumentError for options out of range.
         """
         chosen = GenerationOptions.of(options, fields)
         prepared = self.prepare(prompt, images, progress=progress, template_variables=template_variables)
@@ -424,9 +424,9 @@ class Model:
 
 def _is_exact(files: ModelFiles, exact: bool | None, cache_type: CacheType | None) -> bool:
     if exact and cache_type is not None:
-        raise ValueError(f"cache_type is {cache_type!r}, but exact=True computes with a float32 KV cache.")
+        raise ArgumentError(f"cache_type is {cache_type!r}, but exact=True computes with a float32 KV cache.")
     if cache_type not in (None, *get_args(CacheType)):
-        raise ValueError(f"cache_type is {cache_type!r:.40}; expected one of {get_args(CacheType)}.")
+        raise ArgumentError(f"cache_type is {cache_type!r:.40}; expected one of {get_args(CacheType)}.")
     if exact is None:
         return cache_type is None and all(info.type_name == "F32" for info in files.text.tensors.values())
     return exact

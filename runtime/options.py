@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from granite4v.choices import whole_number
+from granite4v.errors import ArgumentError
 from granite4v.runtime.engine.logprobs import MAX_ALTERNATIVES
 from granite4v.runtime.engine.sampler import Sampling
 from granite4v.runtime.grammar.grammar import Grammar
@@ -25,8 +26,8 @@ class GenerationOptions(Sampling):
     more than concurrent requests do (docs/benchmarks.md). `repetition`: whether an answer that repeats the same rows
     endlessly is stopped; a task name defines what a row is if there is no constraint. `logprobs`: whether
     `Answer.logprobs` has the log-probability of each token, and with how many of the likeliest alternatives, 0 to 20;
-    None is off. `lora`: whether a separate adapter is applied; None follows the model's policy. Raises ValueError or
-    TypeError for a value out of range.
+    None is off. `lora`: whether a separate adapter is applied; None follows the model's policy. Raises ArgumentError
+    or TypeError for a value out of range.
     """
 
     max_tokens: int = 512
@@ -45,7 +46,7 @@ class GenerationOptions(Sampling):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         if self.logprobs is not None and whole_number("logprobs", self.logprobs, 0) > MAX_ALTERNATIVES:
-            raise ValueError(f"logprobs is {self.logprobs}; expected None (off) or 0 to {MAX_ALTERNATIVES}.")
+            raise ArgumentError(f"logprobs is {self.logprobs}; expected None (off) or 0 to {MAX_ALTERNATIVES}.")
         if self.constraint is not None and not isinstance(self.constraint, Grammar):
             raise TypeError(f"the constraint is {self.constraint!r:.60}; expected what granite4v.grammar_for returns.")
 

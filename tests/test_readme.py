@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+import granite4v
 from granite4v.cli.main import app
 from granite4v.converter import Options, convert
 from granite4v.families.registry import FAMILIES
@@ -130,6 +133,41 @@ def test_what_the_server_is_asked_is_answered_as_shown(
         assert capsys.readouterr().out.strip() == printed
     finally:
         server.close()
+
+
+def test_the_examples_about_results_run(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs the Python examples of docs/results.md and docs/docling.md on results of the embedded model."""
+    monkeypatch.chdir(tmp_path)
+    pages = demo / "build" / "demo"
+    for name, page in (("scans/a.png", "table.png"), ("scans/report.png", "table.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(pages / page, name)
+    with granite4v.extract(
+        ["scans/", "scans/none.png"], ["tables_html"], out="read/", formats=["docling"], confidence=True
+    ) as run:
+        tables = [record.tables for record in run]
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    frames, exports, pipeline, _ = blocks("python", results)
+    names: dict[str, Any] = {}
+    exec(compile(f"{frames}\n{exports}\n{pipeline}", "docs/results.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "scans/none.png None there is no file" in printed.replace("<NA>", "None")
+    assert str(tables[0][0].to_pandas()) in printed
+    suffixes = ("tables_html.parquet", "tables.xlsx")
+    assert [path.name for path in names["written"].paths] == [f"{d}.{s}" for d in ("a", "report") for s in suffixes]
+    assert [(row["id"], bool(row["error"])) for row in names["records"].to_pylist()] == [(7, False), (8, True)]
+    types = dict(names["frame"].dtypes)
+    for line in results.splitlines():
+        if line.startswith("| `"):
+            listed, kind, _ = line.split(" | ")
+            for name in re.findall(r"`(\w+)`", listed):
+                assert types.pop(name) == re.match(r"\w+", kind)[0]  # type: ignore[index]
+    assert types == {}
+    (example,) = blocks("python", (ROOT / "docs" / "docling.md").read_text(encoding="utf-8"))
+    exec(compile(example, "docs/docling.md", "exec"), {})
+    assert re.fullmatch(r"\{'mean': 0\.\d+, 'least': 0\.\d+\}\n", capsys.readouterr().out)
 
 
 def test_the_map_names_every_module() -> None:

@@ -11,6 +11,7 @@ import typer
 from granite4v.cli import options
 from granite4v.cli.extract_output import list_paths, tell
 from granite4v.cli.progress import Progress, plural
+from granite4v.errors import ArgumentError
 
 if TYPE_CHECKING:
     from granite4v.choices import Format
@@ -42,7 +43,6 @@ def export(
     xlsx, cells that begin with =, +, - or @ are text, including negative numbers. The exit status is 1 if a file could
     not be written.
     """
-    from granite4v.runtime.extract import ArgumentError
     from granite4v.runtime.extract.export import export_results
 
     with Progress() as progress:

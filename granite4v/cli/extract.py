@@ -14,6 +14,7 @@ from granite4v.cli.extract_output import Printer, RunProgress, print_records, su
 from granite4v.cli.loading import ModelOptions, grouped
 from granite4v.cli.progress import Progress
 from granite4v.cli.streams import PipeClosed
+from granite4v.errors import ArgumentError
 
 if TYPE_CHECKING:
     from granite4v.runtime.extract import Extraction, ExtractOptions
@@ -144,13 +145,12 @@ def _begin(
     inputs: list[str], chosen: ExtractOptions, model: str | None, ray: str | None, shown: RunProgress
 ) -> Extraction:
     from granite4v.default_model import on_ray
-    from granite4v.runtime.documents import SelectionError
-    from granite4v.runtime.extract import ArgumentError, begin
+    from granite4v.runtime.extract import begin
     from granite4v.runtime.extract.arguments import checked
 
     try:
         checked(inputs, chosen)  # report wrong usage before the embedded model is converted
         found = on_ray(model, options.model_path(model), ray)
         return begin(inputs, chosen, model=found, watch=shown.watch, say=shown.say)
-    except (ArgumentError, SelectionError) as error:
+    except ArgumentError as error:
         raise typer.BadParameter(str(error)) from None

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from docling.datamodel.pipeline_options import BaseTableStructureOptions, PictureDescriptionBaseOptions
 from docling_core.types.doc.labels import PictureClassificationLabel
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from granite4v.choices import CacheType, VisionCompute
+from granite4v.choices import MAX_THREADS, CacheType, VisionCompute
 
 Charts = Literal["classified", "all", "none"]
 
 
 class ModelOptions(BaseModel):
-    """The model to use, and how to run it. Stages of a process that have equal options share one loaded model."""
+    """The model to use, and how to run it. Stages of a process that have equal options share one loaded model.
+
+    An unknown name is rejected, on assignment too: a misspelt option would otherwise leave its default in effect.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
     model: Annotated[
         str | Path | None,
@@ -30,14 +35,18 @@ class ModelOptions(BaseModel):
     mmproj: Annotated[
         str | Path | None, Field(description="Vision file of a text GGUF file that has none beside it.")
     ] = None
-    n_ctx: Annotated[int | None, Field(description="Context size in tokens, prompt and answer together.")] = None
+    n_ctx: Annotated[int | None, Field(ge=1, description="Context size in tokens, prompt and answer together.")] = None
     n_threads: Annotated[
         int | None,
-        Field(description="CPU threads. By default those that `accelerator_options` were given, else one per core."),
+        Field(
+            ge=1,
+            le=MAX_THREADS,
+            description="CPU threads. By default those set in `accelerator_options`, otherwise one per core.",
+        ),
     ] = None
     n_parallel: Annotated[
         int | None,
-        Field(description="Most answers at once. By default as many as are worth while; measured once on a machine."),
+        Field(ge=1, description="Maximum number of answers at once. By default measured, once per machine."),
     ] = None
     vision_compute: Annotated[VisionCompute, Field(description="See `granite4v.load`.")] = "file"
     cache_type: Annotated[CacheType | None, Field(description="See `granite4v.load`.")] = None
@@ -45,6 +54,17 @@ class ModelOptions(BaseModel):
         int | None,
         Field(ge=1, description="Most tokens of an answer. By default 4096, or as many as fit into the context."),
     ] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_kind(cls, given: Any) -> Any:
+        """Removes `kind`, an attribute of the class, which docling's configurations contain; rejects a wrong one."""
+        if isinstance(given, dict) and "kind" in given:
+            kind = getattr(cls, "kind", None)
+            if given["kind"] != kind:
+                raise ValueError(f"kind is {given['kind']!r:.60}; expected {kind!r}.")
+            return {name: value for name, value in given.items() if name != "kind"}
+        return given
 
 
 class Granite4vTableOptions(ModelOptions, BaseTableStructureOptions):
@@ -63,7 +83,7 @@ class Granite4vPictureOptions(ModelOptions, PictureDescriptionBaseOptions):
     kind: ClassVar[str] = "granite4v_picture"
 
     batch_size: Annotated[int, Field(ge=1, description="Pictures that are asked about at once.")] = 16
-    prompt: Annotated[str, Field(description="The question about each picture.")] = (
+    prompt: Annotated[str, Field(min_length=1, description="The question about each picture.")] = (
         "Describe this image in a few sentences."
     )
     charts: Annotated[

@@ -5,6 +5,7 @@ Chart data goes into the field that docling's own chart stage fills in, so that 
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,18 +13,27 @@ from typing import Any
 
 import PIL.Image
 from docling.datamodel.accelerator_options import AcceleratorOptions
+from docling.datamodel.base_models import DoclingComponentType, ErrorItem, FailureCategory
+from docling.datamodel.document import ConversionResult
 from docling.models.base_model import ItemAndImageEnrichmentElement
 from docling.models.picture_description_base_model import PictureDescriptionBaseModel
 from docling_core.types.doc import DoclingDocument, NodeItem, PictureItem, PictureMeta
+from pydantic import PrivateAttr
 
 from granite4v.docling_plugin.options import Granite4vPictureOptions
-from granite4v.docling_plugin.questions import Asker, Question
+from granite4v.docling_plugin.questions import Asker, Question, Reply
 from granite4v.docling_plugin.shared_model import shared_model
 from granite4v.runtime.formats.docling_ import CREATED_BY, chart_field
 from granite4v.runtime.formats.tasks import find_task
 from granite4v.runtime.known_tasks import is_known
 
 CHART_TASK = "chart2csv"
+
+
+class _Picture(ItemAndImageEnrichmentElement):
+    """A picture and the result of its conversion, since docling passes the result only to `prepare_element`."""
+
+    _result: ConversionResult | None = PrivateAttr(default=None)
 
 
 class Granite4vPictureModel(PictureDescriptionBaseModel):
@@ -52,6 +62,7 @@ class Granite4vPictureModel(PictureDescriptionBaseModel):
         self.options: Granite4vPictureOptions = options
         self.provenance = CREATED_BY
         self._reads_charts = False
+        self._described = Reply()  # the latest reply; set only in the copy made for a batch
         if enabled:
             model = shared_model(options, accelerator_options)
             self._describing = Asker(model, "prompt", prompt=options.prompt, max_tokens=options.max_tokens)
@@ -67,20 +78,32 @@ class Granite4vPictureModel(PictureDescriptionBaseModel):
     def get_options_type(cls) -> type[Granite4vPictureOptions]:
         return Granite4vPictureOptions
 
+    def prepare_element(self, conv_res: ConversionResult, element: NodeItem) -> ItemAndImageEnrichmentElement | None:
+        """Returns a picture as docling prepares it, with its result; None for one that docling skips."""
+        prepared = super().prepare_element(conv_res, element)
+        if prepared is None:
+            return None
+        picture = _Picture(item=prepared.item, image=prepared.image)
+        picture._result = conv_res
+        return picture
+
     def __call__(
         self, doc: DoclingDocument, element_batch: Iterable[ItemAndImageEnrichmentElement]
     ) -> Iterable[NodeItem]:
         """Yields the described items of a batch. Chart data is added after the last description."""
         elements = list(element_batch)
+        result = next((one._result for one in elements if isinstance(one, _Picture)), None)
         charts = [(one.item, Question(self._charting, one.image)) for one in elements if self._is_chart(one.item)]
-        for item in super().__call__(doc, elements):
+        batch = copy.copy(self)  # docling may run batches of several documents concurrently
+        for item in super(Granite4vPictureModel, batch).__call__(doc, elements):
+            _report(result, doc, item, "a picture", batch._described, "its description is kept up to where it was cut")
             if self.enabled and not item.meta.description.text:  # an empty description is dropped
                 item.meta.description = None
                 item.annotations = [one for one in item.annotations if getattr(one, "text", None) != ""]
             yield item
         for item, question in charts:
             reply = question.reply()
-            _report(reply.problem)
+            _report(result, doc, item, "a chart", reply, "it is kept up to the last complete row")
             if reply.value is not None:
                 item.meta = item.meta or PictureMeta()
                 item.meta.tabular_chart = chart_field(reply.value, reply.confidence)
@@ -88,9 +111,8 @@ class Granite4vPictureModel(PictureDescriptionBaseModel):
     def _annotate_images(self, images: Iterable[PIL.Image.Image]) -> Iterable[str]:
         questions = [Question(self._describing, image) for image in images]
         for question in questions:
-            reply = question.reply()
-            _report(reply.problem)
-            yield reply.value or ""
+            self._described = question.reply()
+            yield self._described.value or ""
 
     def _is_chart(self, item: PictureItem) -> bool:
         if not self._reads_charts or (item.meta is not None and item.meta.tabular_chart is not None):
@@ -101,7 +123,24 @@ class Granite4vPictureModel(PictureDescriptionBaseModel):
         return classes is not None and classes.get_main_prediction().class_name in self.options.chart_types
 
 
-def _report(problem: str | None) -> None:
-    """Logs a problem, since docling gives this stage no result to put errors into."""
-    if problem is not None:
-        logging.getLogger("granite4v").warning("a picture: %s", problem)
+def _report(
+    result: ConversionResult | None, doc: DoclingDocument, item: NodeItem, what: str, reply: Reply, kept: str
+) -> None:
+    """Adds the problem of a reply, if any, to the errors of the result; logs it if the result is unknown."""
+    if reply.problem is None:
+        return
+    page = item.prov[0].page_no if item.prov else None
+    place = what if page is None else f"{what} on page {page}"
+    message = f"{place}: {reply.problem}{f'; {kept}' if reply.value else ''}"
+    if result is None:
+        logging.getLogger("granite4v").warning("'%s', %s", doc.name, message)
+        return
+    result.errors.append(
+        ErrorItem(
+            component_type=DoclingComponentType.MODEL,
+            module_name=__name__,
+            error_message=message,
+            category=FailureCategory.INFERENCE_FAILURE,
+            page_no=page,
+        )
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import threading
 import weakref
@@ -12,6 +14,7 @@ from docling.datamodel.accelerator_options import AcceleratorOptions
 from granite4v.choices import Device
 from granite4v.default_model import load
 from granite4v.docling_plugin.options import ModelOptions
+from granite4v.errors import ArgumentError
 from granite4v.runtime.engine.parallel import Workload
 from granite4v.runtime.model import Model
 
@@ -23,7 +26,7 @@ _loading = threading.Lock()
 
 def shared_model(options: ModelOptions, accelerator: AcceleratorOptions) -> Model:
     """Returns the model for these options; loads it unless a stage of this process uses it already. Never close it: it
-    is freed with the last stage that refers to it. Raises what `granite4v.load` raises, and ValueError for a device
+    is freed with the last stage that refers to it. Raises what `granite4v.load` raises, and ArgumentError for a device
     that granite4v does not support."""
     settings: dict[str, Any] = {
         "path": options.model,
@@ -35,12 +38,23 @@ def shared_model(options: ModelOptions, accelerator: AcceleratorOptions) -> Mode
         "vision_compute": options.vision_compute,
         "cache_type": options.cache_type,
     }
+    if options.model is None:
+        tell_of_nano()
     key = (os.getpid(), *settings.values())
     with _loading:
         model = _models.get(key)
         if model is None:
             model = _models[key] = load(**settings, workload=Workload(None, options.max_tokens))
         return model
+
+
+@functools.cache
+def tell_of_nano() -> None:
+    """Warns once per process that the embedded model is used, as the command line does."""
+    logging.getLogger("granite4v").warning(
+        "no model given: using the embedded 'nano', a small model trained on synthetic documents; give a real one with "
+        "model='DIR' in the options"
+    )
 
 
 def _chosen_threads(accelerator: AcceleratorOptions) -> int | None:
@@ -50,10 +64,12 @@ def _chosen_threads(accelerator: AcceleratorOptions) -> int | None:
 
 
 def _device(name: str) -> Device:
-    """Converts docling's device, a string or string enum, to granite4v's. Raises ValueError for any other device."""
+    """Converts docling's device, a string or string enum, to granite4v's. Raises ArgumentError for any other device."""
     if name.startswith("cuda"):
         return "cuda"
     devices: dict[str, Device] = {"auto": "auto", "cpu": "cpu", "mps": "metal"}
     if name not in devices:
-        raise ValueError(f"accelerator_options.device is {name!r:.40}; granite4v computes on auto, cpu, cuda or mps.")
+        raise ArgumentError(
+            f"accelerator_options.device is {name!r:.40}; granite4v computes on auto, cpu, cuda or mps."
+        )
     return devices[name]

@@ -10,14 +10,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from granite4v.errors import DocumentError
+from granite4v.errors import ArgumentError, DocumentError
 
 _RANGE = re.compile(r"([0-9]+)(?:\s*(-)\s*([0-9]+)?)?", re.ASCII)
 _LENGTH = re.compile(r"([0-9]*\.?[0-9]+|[0-9]+\.)\s*(%?)", re.ASCII)
 _TOLERANCE = 1e-6  # of a page's side: 33.3% and 66.7% must add up to 100% in spite of floating-point rounding
 
 
-class SelectionError(ValueError):
+class SelectionError(ArgumentError):
     """Invalid pages, an invalid crop or password: wrong usage, while a DocumentError is about a file."""
 
 

@@ -71,7 +71,7 @@ class Engine:
         cache_type: CacheType = "f16",
     ) -> None:
         """`n_parallel`: requests computed concurrently; for the others see `Model.load`. Raises DeviceError, TypeError,
-        ValueError."""
+        ArgumentError."""
         find_device(device)  # a missing device is reported now, not after the first image
         self.files, self.device, self.exact, self.cache_type = files, device, exact, cache_type
         self.n_threads = check_threads(n_threads)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from granite4v.errors import ArgumentError
+
 # Penalized logits are clipped to finite values: differences between infinities are NaN, so none could be sampled.
 _LEAST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
@@ -43,7 +45,7 @@ class Sampling:
         )
         for name, fits, expected in limits:
             if not fits:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected {expected}.")
+                raise ArgumentError(f"{name} is {getattr(self, name)}; expected {expected}.")
 
 
 class Sampler:

@@ -21,7 +21,7 @@ DEFAULT_CONTEXT = 8192  # tokens, if the model's training context is not smaller
 
 def context_size(files: ModelFiles, asked: int | None, warnings: list[str]) -> int:
     """Returns the context size in tokens, prompt and answer together: `asked`, or 8192 if None, but at most the
-    training context. A warning is added if `asked` was reduced. Raises TypeError, ValueError."""
+    training context. A warning is added if `asked` was reduced. Raises TypeError, ArgumentError."""
     n_ctx = DEFAULT_CONTEXT if asked is None else whole_number("n_ctx", asked, 1)
     trained = files.text.integer(files.text_key(keys.CONTEXT_LENGTH), 1, MAX_COUNT)
     if asked is not None and n_ctx > trained:

@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from granite4v.choices import whole_number
+from granite4v.errors import ArgumentError
 from granite4v.runtime.documents import parse_crop, parse_pages
 from granite4v.runtime.extract.document_files import (
     FORMATS,
@@ -17,7 +18,7 @@ from granite4v.runtime.extract.document_files import (
     suffixes,
 )
 from granite4v.runtime.extract.options import ExtractOptions
-from granite4v.runtime.extract.questions import ArgumentError, check_tasks
+from granite4v.runtime.extract.questions import check_tasks
 
 # suffixes of file names that are given to '--out' by mistake; an existing directory with such a name is accepted
 _FILE_SUFFIXES = (

@@ -10,6 +10,7 @@ from typing import Any
 from granite4v.extras import check_installed
 from granite4v.runtime.extract.record import Record
 from granite4v.runtime.extract.results_log import ResultsLog
+from granite4v.runtime.formats.json_values import replace_surrogates
 
 
 def read_results(folder: str | Path, *, arrow: bool = False) -> Any:
@@ -17,8 +18,10 @@ def read_results(folder: str | Path, *, arrow: bool = False) -> Any:
 
     Reads only `results.jsonl` and writes nothing, so a run may be writing to the folder: of records with the same key
     the last counts, an incomplete last line is left out, and the order is that of a finished run: by document, page and
-    task. `value` is as in `Record`. `arrow`: return a pyarrow.Table instead, with plain JSON values in all columns;
-    nested values are JSON text.
+    task. Values are those of `Record`. The type of a column does not depend on the records: `page` and `n_pages` are
+    Int64 and `dpi` Float64, with pandas.NA for missing values; `valid` and `salvaged` are bool; all others are object,
+    with None for missing values. `arrow`: return a pyarrow.Table instead, with columns of int64, double, bool and
+    string, and null for missing values; nested values are JSON text, and lone surrogates become U+FFFD.
 
     Raises OutputError for a folder without results and for a file that holds anything but records; Granite4vError
     if pandas or pyarrow is not installed.
@@ -32,7 +35,7 @@ def read_results(folder: str | Path, *, arrow: bool = False) -> Any:
 
     columns = list(Record.__dataclass_fields__)
     return pandas.DataFrame(
-        {name: pandas.Series([getattr(one, name) for one in records], dtype=_DTYPES.get(name)) for name in columns}
+        {name: pandas.Series([getattr(one, name) for one in records], dtype=_dtype(name)) for name in columns}
     )
 
 
@@ -41,20 +44,24 @@ def arrow_table(records: Iterable[Record]) -> Any:
     import pyarrow
 
     columns = list(Record.__dataclass_fields__)
-    rows = [{name: _plain(value) for name, value in one.as_dict().items()} for one in records]
-    return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema([(name, _arrow_type(name)) for name in columns]))
+    types = {name: _ARROW_TYPES.get(_dtype(name), "string") for name in columns}
+    rows = [
+        {name: _text(value) if types[name] == "string" else value for name, value in one.as_dict().items()}
+        for one in records
+    ]
+    return pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(list(types.items())))
 
 
-_DTYPES = {
-    "page": "Int64", "n_pages": "Int64", "dpi": "Float64", "valid": "bool", "salvaged": "bool",
-    **dict.fromkeys(("value", "size_px", "model", "copy_of", "warnings", "timings", "confidence"), "object"),
-}  # fmt: skip
+_DTYPES = {"page": "Int64", "n_pages": "Int64", "dpi": "Float64", "valid": "bool", "salvaged": "bool"}
 _ARROW_TYPES = {"Int64": "int64", "Float64": "float64", "bool": "bool"}
 
 
-def _arrow_type(name: str) -> str:
-    return _ARROW_TYPES.get(_DTYPES.get(name, ""), "string")
+def _dtype(name: str) -> str:
+    """Returns the pandas type of a column; object for text, since the missing values of string types are truthy."""
+    return _DTYPES.get(name, "object")
 
 
-def _plain(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list | tuple) else value
+def _text(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        value = json.dumps(value, ensure_ascii=False)
+    return None if value is None else str(replace_surrogates(value))

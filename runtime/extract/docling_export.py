@@ -16,6 +16,7 @@ from granite4v.runtime.extract.own_files import make_folders
 from granite4v.runtime.extract.record import Record
 from granite4v.runtime.formats import Table
 from granite4v.runtime.formats.docling_ import CREATED_BY, chart_field, docling_table
+from granite4v.runtime.formats.json_values import replace_surrogates
 
 if TYPE_CHECKING:
     from docling_core.types.doc import DoclingDocument
@@ -34,7 +35,8 @@ def write_docling(root: Path, stem: str, source: str, records: Iterable[Record])
         return None
     path = make_folders(root, str(Path(stem).parent)) / f"{name}.{SUFFIX}"
     with atomic_text_file(path) as file:
-        json.dump(document.export_to_dict(), file, ensure_ascii=False)
+        # pydantic's parser rejects lone surrogates, even as escapes
+        json.dump(replace_surrogates(document.export_to_dict()), file, ensure_ascii=False)
         file.write("\n")
     return path
 
@@ -67,7 +69,7 @@ def as_docling(name: str, source: str, records: Iterable[Record]) -> DoclingDocu
 def _add_tables(document: DoclingDocument, record: Record) -> None:
     for number, table in enumerate(record.tables):
         item = document.add_table(docling_table(table), prov=_whole_page(record))
-        item.meta = _meta(_confidence(record, f"{number}/"))
+        _tell_confidence(document, item, _confidence(record, f"{number}/"))
 
 
 def _add_item(document: DoclingDocument, record: Record) -> None:
@@ -81,7 +83,7 @@ def _add_item(document: DoclingDocument, record: Record) -> None:
         item = document.add_text(label, record.value, prov=_whole_page(record, len(record.value)))
     else:
         return
-    item.meta = _meta(_confidence(record))
+    _tell_confidence(document, item, _confidence(record))
 
 
 def _whole_page(record: Record, n_characters: int = 0) -> Any:
@@ -106,16 +108,21 @@ def _confidence(record: Record, start: str = "") -> dict[str, float]:
     return {"mean": sum(one["mean"] for one in found) / len(found), "least": min(one["least"] for one in found)}
 
 
-def _meta(confidence: dict[str, float]) -> Any:
-    """Returns metadata with the custom field 'granite4v__confidence', for items that have no confidence field in
-    docling; None without a confidence."""
-    from docling_core.types.doc.common.meta import FloatingMeta
+def _tell_confidence(document: DoclingDocument, item: Any, confidence: dict[str, float]) -> None:
+    """Stores the confidence of an item that has no confidence field in docling: as the custom field
+    'granite4v__confidence' in the metadata of an invisible child group.
+
+    It is not in the item's own metadata, since docling-core exports all fields of those to Markdown, text and HTML. A
+    group stays with its item when docling filters or concatenates documents.
+    """
+    from docling_core.types.doc import ContentLayer
+    from docling_core.types.doc.common.meta import BaseMeta
 
     if not confidence:
-        return None
-    meta = FloatingMeta()
-    meta.set_custom_field(CREATED_BY, "confidence", confidence)
-    return meta
+        return
+    group = document.add_group(name=CREATED_BY, parent=item, content_layer=ContentLayer.INVISIBLE)
+    group.meta = BaseMeta()
+    group.meta.set_custom_field(CREATED_BY, "confidence", confidence)
 
 
 def _chart_on(document: DoclingDocument, charts: dict[int, Any], record: Record) -> Any:

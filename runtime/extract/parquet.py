@@ -16,28 +16,7 @@ _ROWS = 10_000  # of a row group
 
 def write_table(path: Path, table: Table) -> None:
     """Writes a table with all columns as text. Raises OutputError."""
-    write_parquet(path, dict.fromkeys(column_names(table), "string"), table.texts()[table.n_header_rows :])
-
-
-def column_names(table: Table) -> list[str]:
-    """Returns the column names of a table: the texts of its header rows, joined by ' - ', as in Markdown.
-
-    A column without a name is called for instance 'column 3', and a duplicate name gets a number. Letter case is
-    ignored, since databases ignore it.
-    """
-    names: list[str] = []
-    taken: set[str] = set()
-    header = table.texts()[: table.n_header_rows]
-    for number in range(1, table.n_cols + 1):
-        parts = [text for text, _ in itertools.groupby(row[number - 1] for row in header) if text]
-        plain = name = replace_surrogates(" - ".join(parts)) or f"column {number}"
-        n = 1
-        while name.casefold() in taken:
-            n += 1
-            name = f"{plain} {n}"
-        taken.add(name.casefold())
-        names.append(name)
-    return names
+    write_parquet(path, dict.fromkeys(table.column_names(), "string"), table.texts()[table.n_header_rows :])
 
 
 def write_parquet(path: Path, columns: Mapping[str, str], rows: Iterable[Sequence[Any]]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from granite4v.errors import PromptError
+from granite4v.errors import ArgumentError, PromptError
 from granite4v.runtime.extract.schema import Schema
 from granite4v.runtime.formats import TASKS
 from granite4v.runtime.formats.task_grammar import grammar_for
@@ -14,10 +14,6 @@ from granite4v.runtime.formats.tasks import QUESTION, Task, find_task
 from granite4v.runtime.grammar.grammar import Grammar
 from granite4v.runtime.known_tasks import Prepares, is_known, words_for
 from granite4v.runtime.prompt.template import TAG
-
-
-class ArgumentError(ValueError):
-    """Invalid or contradictory arguments: wrong usage, while a Granite4vError is about files or the model."""
 
 
 @dataclass(frozen=True)

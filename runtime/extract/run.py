@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from granite4v.errors import ArgumentError
 from granite4v.runtime.documents import count_pages
 from granite4v.runtime.engine.parallel import Workload
 from granite4v.runtime.extract.arguments import checked
@@ -23,7 +24,7 @@ from granite4v.runtime.extract.document_files import AboutResult
 from granite4v.runtime.extract.earlier import earlier_error, earlier_source
 from granite4v.runtime.extract.options import ExtractFields, ExtractOptions
 from granite4v.runtime.extract.output_directory import OutputDirectory
-from granite4v.runtime.extract.questions import ArgumentError, Question, questions, schema_warnings
+from granite4v.runtime.extract.questions import Question, questions, schema_warnings
 from granite4v.runtime.extract.report import is_report
 from granite4v.runtime.extract.results_log import ResultsLog
 from granite4v.runtime.extract.schema import Schema, load_schema

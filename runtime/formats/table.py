@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from granite4v.errors import AnswerError
 from granite4v.extras import check_installed
+from granite4v.runtime.formats.json_values import replace_surrogates
 
 MAX_SLOTS = 1_000_000  # far above what an answer can hold; an absurd "colspan" must not exhaust the memory
 MAX_WRITTEN = 50_000_000  # characters of a table whose cells repeat their text in every slot
@@ -73,15 +75,34 @@ class Table:
         """The text of each slot, (n_rows, n_cols); a spanning cell repeats its text."""
         return [[cell.text for cell in row] for row in self.grid()]
 
+    def column_names(self) -> list[str]:
+        """The names of the columns: the texts of the header rows, joined by ' - ', as in Markdown.
+
+        A column without a name is called for instance 'column 3', and a duplicate name gets a number. Letter case is
+        ignored, since databases ignore it. Lone surrogates become U+FFFD.
+        """
+        names: list[str] = []
+        taken: set[str] = set()
+        header = self.texts()[: self.n_header_rows]
+        for number in range(1, self.n_cols + 1):
+            parts = [text for text, _ in groupby(row[number - 1] for row in header) if text]
+            plain = name = replace_surrogates(" - ".join(parts)) or f"column {number}"
+            n = 1
+            while name.casefold() in taken:
+                n += 1
+                name = f"{plain} {n}"
+            taken.add(name.casefold())
+            names.append(name)
+        return names
+
     def to_pandas(self) -> Any:
-        """A pandas DataFrame of texts, (n_rows - n_header_rows, n_cols). Its columns are named by the header rows, with
-        a MultiIndex if there are several. Raises Granite4vError if pandas is not installed."""
+        """A pandas DataFrame of texts, (n_rows - n_header_rows, n_cols), as in a Parquet file: `column_names` names its
+        columns, and lone surrogates become U+FFFD. Raises Granite4vError if pandas is not installed."""
         check_installed("to_pandas", "pandas", "pandas")
         import pandas
 
-        rows, n = self.texts(), self.n_header_rows
-        names = None if n == 0 else rows[0] if n == 1 else pandas.MultiIndex.from_arrays(rows[:n])
-        return pandas.DataFrame(rows[n:], columns=names)
+        rows = replace_surrogates(self.texts()[self.n_header_rows :])
+        return pandas.DataFrame(rows, columns=self.column_names(), dtype="str")
 
     def check_repeated(self) -> None:
         """Raises AnswerError when the table is too long for a format that repeats a cell's text in every slot."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from granite4v.errors import ArgumentError
 from granite4v.runtime.formats.csv_ import CSV_ROWS, csv_places, read_csv, salvage_csv
 from granite4v.runtime.formats.csv_grammar import CSV
 from granite4v.runtime.formats.fields import FIELDS_ROWS, KVP_PROMPT, field_places, read_fields, salvage_fields
@@ -133,13 +134,13 @@ class Salvaged:
 def find_task(name: str) -> Task:
     """The entry of a task, named with or without angle brackets; 'prompt' is QUESTION.
 
-    Raises ValueError for other names.
+    Raises ArgumentError for other names.
     """
     bare = name.strip().removeprefix("<").removesuffix(">")
     if bare == QUESTION.name:
         return QUESTION
     if bare not in TASKS:
-        raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}.")
+        raise ArgumentError(f"unknown task {name!r}; known: {', '.join(TASKS)}.")
     return TASKS[bare]
 
 
@@ -152,7 +153,7 @@ def read(task: str, text: str) -> Any:
     """Parses an answer: tables (list of Table), a chart's data (Table), fields (dict or list), code or prose (str).
 
     `task`: as for `find_task`; 'kvp' is the key-value prompt. Raises AnswerError when the answer is not in the task's
-    format, ValueError for an unknown task.
+    format, ArgumentError for an unknown task.
     """
     return find_task(task).read(replace_surrogates(text))
 
@@ -172,7 +173,7 @@ def places(task: str, text: str, value: Any) -> list[Place]:
     """Locates the cells or fields of a value in the answer that `read` or `salvage` parsed it from, in the order of the
     text. Code and prose have one place, the whole text. A cell or field that is not written anywhere has no place.
 
-    `task`: as for `find_task`. Raises ValueError for an unknown task.
+    `task`: as for `find_task`. Raises ArgumentError for an unknown task.
     """
     found = find_task(task)
     tables = ([value] if isinstance(value, Table) else value) if found.gives_tables else ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from granite4v.errors import ArgumentError
 from granite4v.runtime.formats.csv_ import write_csv
 from granite4v.runtime.formats.html import write_html
 from granite4v.runtime.formats.markdown import write_markdown
@@ -24,10 +25,10 @@ FORMATS = tuple(_WRITERS)
 def write(tables: Table | Sequence[Table], name: str) -> str:
     """Writes tables in one of FORMATS. In OTSL and JSON, several become a list; in the others, they follow one another.
 
-    Raises AnswerError when the format cannot represent a text, ValueError for an unknown format.
+    Raises AnswerError when the format cannot represent a text, ArgumentError for an unknown format.
     """
     if name not in _WRITERS:
-        raise ValueError(f"unknown format {name!r}; known: {', '.join(FORMATS)}.")
+        raise ArgumentError(f"unknown format {name!r}; known: {', '.join(FORMATS)}.")
     if isinstance(tables, Table):
         return _WRITERS[name](tables)
     if name == "json":

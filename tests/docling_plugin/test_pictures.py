@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 from docling.datamodel.accelerator_options import AcceleratorOptions
-from docling.datamodel.base_models import ItemAndImageEnrichmentElement
+from docling.datamodel.base_models import FailureCategory, ItemAndImageEnrichmentElement
+from docling.datamodel.document import ConversionResult
 from docling_core.types.doc import (
     BoundingBox,
     DoclingDocument,
+    ImageRef,
     PictureClassificationMetaField,
     PictureItem,
     PictureMeta,
@@ -25,6 +28,7 @@ from granite4v.docling_plugin import Granite4vPictureModel, Granite4vPictureOpti
 from granite4v.runtime.formats import read_csv
 from scripts.nano.documents import draw_document
 from scripts.nano.truth import HELD_OUT_SEEDS
+from tests.helpers.docling_pages import result_for
 
 N_PARALLEL = 4
 
@@ -104,7 +108,43 @@ def test_a_picture_that_cannot_be_asked_about_gets_no_entry(caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING, "granite4v"):
         (item,) = enriched(stage(n_ctx=64, charts="all"), document(None), chart(0))
     assert item.meta.description is None and item.meta.tabular_chart is None and not item.annotations
-    assert len([one for one in caplog.messages if "context" in one]) == 2
+    assert [one.split(": ")[0] for one in caplog.messages if "context" in one] == [
+        "'a', a picture on page 1",
+        "'a', a chart on page 1",
+    ]
+
+
+def prepared(model: Granite4vPictureModel, result: ConversionResult, *images: Image.Image) -> list[Any]:
+    """Returns the elements that docling's pipeline passes to the stage, with `images` as the pictures of the result."""
+    for item, image in zip(result.document.pictures, images, strict=True):
+        item.image = ImageRef.from_pil(image, dpi=72)
+    return [model.prepare_element(result, item) for item in result.document.pictures]
+
+
+def test_what_is_wrong_with_pictures_is_an_error_of_their_own_result(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Even if one stage describes the pictures of several documents concurrently."""
+    made = stage(max_tokens=24, charts="all", prompt="<chart2csv>")
+    failing = stage(n_ctx=64)
+    results = [result_for(tmp_path / f"{name}.pdf") for name in "abc"]
+    for result in results:
+        result.document = document(None, None)
+    with caplog.at_level(logging.WARNING, "granite4v"):
+        one, two = (made(result.document, prepared(made, result, chart(0), chart(1))) for result in results[:2])
+        for _ in zip(one, two, strict=True):
+            pass
+        list(failing(results[2].document, prepared(failing, results[2], chart(0), chart(1))))
+    cut = "the answer did not end by itself (length)"
+    described = [f"a picture on page 1: {cut}; its description is kept up to where it was cut"] * 2
+    read = [f"a chart on page 1: {cut}; it is kept up to the last complete row"] * 2
+    for result in results[:2]:
+        assert [error.error_message for error in result.errors] == described + read
+        assert {(error.page_no, error.category) for error in result.errors} == {(1, FailureCategory.INFERENCE_FAILURE)}
+        assert all(item.meta.description.text and len(rows(item)) >= 1 for item in result.document.pictures)
+    assert [error.error_message[:24] for error in results[2].errors] == ["a picture on page 1: the"] * 2
+    assert all("context" in error.error_message for error in results[2].errors)
+    assert not [one for one in caplog.messages if "page" in one]
 
 
 def test_small_pictures_are_charts_without_a_description() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import granite4v
 from granite4v.runtime.extract import ArgumentError, ExtractOptions
 from granite4v.runtime.extract.arguments import checked
 
@@ -90,3 +93,28 @@ def test_options_that_need_another(options: dict[str, Any], message: str) -> Non
         check(**options)
     check(("chart2csv",), out="new", csv_safe=True)
     check(out="new", resume=True, retry_failed=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: granite4v.extract("a.png", "tables"), "there is no task 'tables'"),
+        (lambda: granite4v.extract("a.png", "kvp"), "the task 'kvp' needs a schema"),
+        (lambda: granite4v.extract("a.png", "tables_html", formats="xls", out="out"), "there is no format 'xls'"),  # type: ignore[arg-type]
+        (lambda: granite4v.extract("a.png", "tables_html", pages="x"), "'x'"),
+        (lambda: granite4v.extract("a.png", "tables_html", crop="1"), "1"),
+        (lambda: granite4v.load(n_ctx=0), "n_ctx is 0; expected 1 or more"),
+        (lambda: granite4v.load(vision_compute="int4"), "vision_compute is 'int4'"),  # type: ignore[arg-type]
+        (lambda: granite4v.load(cache_type="q4"), "cache_type is 'q4'"),  # type: ignore[arg-type]
+        (lambda: granite4v.grammar_for("table"), "unknown task 'table'"),
+        (lambda: granite4v.grammar_for("tables_html", {}), "only 'kvp' takes one"),
+        (lambda: granite4v.GenerationOptions(max_tokens=-1), "max_tokens is -1; expected 0 or more"),
+        (lambda: granite4v.Sampling(temperature=-1), "temperature is -1; expected 0 or more"),
+        (lambda: granite4v.load_video("a.mp4", frames=1, fps=1), "not both"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_expected_errors(call: Callable[[], Any], message: str) -> None:
+    """They are Granite4vErrors, as the README promises, and ValueErrors too, for callers that catch those."""
+    with pytest.raises(granite4v.ArgumentError, match=re.escape(message)) as raised:
+        call()
+    assert isinstance(raised.value, granite4v.Granite4vError) and isinstance(raised.value, ValueError)

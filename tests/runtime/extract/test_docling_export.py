@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from docling_core.types.doc import CoordOrigin
+from docling_core.types.doc import ContentLayer, CoordOrigin
 from docling_core.types.doc.document import DoclingDocument
 
 from granite4v.runtime.extract.docling_export import write_docling
 from granite4v.runtime.extract.record import Record
-from granite4v.runtime.formats import read
+from granite4v.runtime.formats import Cell, Table, read
 from granite4v.runtime.formats.docling_ import docling_table
 
 TABLE = (
@@ -56,39 +57,91 @@ def test_everything_is_in_it_and_it_loads_again(tmp_path: Path) -> None:
     assert "2020" in document.export_to_markdown()
 
 
-def test_items_stand_on_their_page_and_tell_how_sure_the_model_was(tmp_path: Path) -> None:
-    """Both are in docling's own fields where it has any."""
+def confidences(document: DoclingDocument, item: Any) -> list[dict[str, float]]:
+    """Returns the confidences of an item, read as in docs/docling.md."""
+    found = [child.resolve(document).meta.granite4v__confidence for child in item.children]
+    assert all(child.resolve(document).content_layer == ContentLayer.INVISIBLE for child in item.children)
+    return found
+
+
+def unsure_records() -> list[Record]:
+    """Returns records with confidences, for every kind of item."""
     two = read("tables_html", TABLE + TABLE)
     sure = {"0/0/0": {"mean": 0.9, "least": 0.8}, "0/1/0": {"mean": 0.7, "least": 0.2}}
     sure |= {"1/0/0": {"mean": 0.5, "least": 0.1}}
     chart = {"0/0/0": {"mean": 0.6, "least": 0.6}, "0/1/1": {"mean": 0.8, "least": 0.3}}
-    records = [
+    return [
         replace(record("tables_html", TABLE, 1), value=two, confidence=sure),
         replace(record("kvp", '{"no": 5}', 1), confidence={"/no": {"mean": 0.4, "least": 0.3}}),
         replace(record("chart2csv", "Year,Sales\n2020,5\n", 2), confidence=chart),
         replace(record("chart2summary", "It rises.", 2), confidence={"": {"mean": 0.75, "least": 0.5}}),
         replace(record("chart2code", "print(1)", 2), confidence={"": {"mean": 0.25, "least": 0.125}}),
-        record("kvp", '{"no": 6}', 3),
     ]
+
+
+def test_items_stand_on_their_page_and_tell_how_sure_the_model_was(tmp_path: Path) -> None:
+    """Both are in docling's own fields where it has any."""
+    records = [*unsure_records(), record("kvp", '{"no": 6}', 3)]
     path = write_docling(tmp_path, "a", "a.pdf", records)
     assert path is not None
     document = DoclingDocument.load_from_json(path)
-    own = [item.meta.get_custom_part()["granite4v__confidence"] for item in document.tables]
-    assert own == [{"mean": pytest.approx(0.8), "least": 0.2}, {"mean": 0.5, "least": 0.1}]
+    own = [confidences(document, item) for item in document.tables]
+    assert own == [[{"mean": pytest.approx(0.8), "least": 0.2}], [{"mean": 0.5, "least": 0.1}]]
     unsure, silent = document.key_value_items
-    assert unsure.meta.get_custom_part() == {"granite4v__confidence": {"mean": 0.4, "least": 0.3}}
-    assert silent.meta is None
+    assert confidences(document, unsure) == [{"mean": 0.4, "least": 0.3}] and silent.children == []
     (picture,) = document.pictures
     assert picture.meta.tabular_chart.confidence == pytest.approx(0.7)
     assert picture.meta.description.confidence == 0.75
     (code,) = document.texts
-    assert code.meta.get_custom_part() == {"granite4v__confidence": {"mean": 0.25, "least": 0.125}}
+    assert confidences(document, code) == [{"mean": 0.25, "least": 0.125}]
     assert code.prov[0].charspan == (0, len("print(1)"))
     for item in (*document.tables, *document.pictures, *document.texts, *document.key_value_items):
         (where,) = item.prov
         page = document.pages[where.page_no].size
         assert where.bbox.as_tuple() == (0, 0, 100, 200) and where.bbox.coord_origin == CoordOrigin.BOTTOMLEFT
         assert where.bbox.to_top_left_origin(page.height).as_tuple() == (0, 0, *page.as_tuple())
+
+
+@pytest.mark.filterwarnings("ignore:Parent .* not found in indexed nodes")  # by docling, for groups on other pages
+def test_confidences_show_in_no_export(tmp_path: Path) -> None:
+    """Neither of the loaded document, nor of documents that docling filters or concatenates from it."""
+    unsure = unsure_records()
+    paths = [
+        write_docling(tmp_path, "a", "a.pdf", unsure),
+        write_docling(tmp_path, "b", "a.pdf", [replace(one, confidence=None) for one in unsure]),
+    ]
+    told, silent = (DoclingDocument.load_from_json(path).model_copy(update={"name": "a"}) for path in paths if path)
+    assert told.groups and not silent.groups
+    for export in ("markdown", "text", "html", "doctags"):
+        first, second = (
+            [getattr(shown, f"export_to_{export}")() for shown in (one, one.filter(page_nrs={2}))]
+            for one in (told, silent)
+        )
+        assert first == second and "print(1)" in first[1]
+    assert told.export_to_markdown(mark_meta=True) == silent.export_to_markdown(mark_meta=True)
+    assert [table.export_to_markdown(told) for table in told.tables] == [
+        table.export_to_markdown(silent) for table in silent.tables
+    ]
+    code = told.filter(page_nrs={2})
+    assert confidences(code, code.texts[0]) == [{"mean": 0.25, "least": 0.125}]
+    joined = DoclingDocument.concatenate([silent, told])
+    assert [len(confidences(joined, table)) for table in joined.tables] == [0, 0, 1, 1]
+
+
+def test_lone_surrogates_are_replaced(tmp_path: Path) -> None:
+    """As in Parquet and xlsx, since docling's JSON parser rejects them."""
+    lone = "a\ud800b"
+    table = Table(1, 1, 1, (Cell(0, 0, lone),))
+    values = {"tables_html": [table], "kvp": {lone: [lone]}, "chart2csv": table, "chart2summary": lone, "prompt": lone}
+    records = [Record("a.pdf", 1, 1, task, (9, 9), value=value, valid=True) for task, value in values.items()]
+    path = write_docling(tmp_path, "a\udcff", "a\udcff.pdf", records)
+    assert path is not None
+    document = DoclingDocument.load_from_json(path)
+    (item,), (picture,), (graph,) = document.tables, document.pictures, document.key_value_items
+    assert [cell.text for cell in item.data.table_cells] == ["a\ufffdb"]
+    assert [cell.text for cell in picture.meta.tabular_chart.chart_data.table_cells] == ["a\ufffdb"]
+    assert [cell.text for cell in graph.graph.cells] == ["a\ufffdb[0]", "a\ufffdb"]
+    assert picture.meta.description.text == document.texts[0].text == "a\ufffdb" and document.name == "a\ufffd"
 
 
 def test_a_section_of_a_table_is_one() -> None:

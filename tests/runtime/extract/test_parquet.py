@@ -11,7 +11,7 @@ import duckdb
 import pandas
 import pytest
 
-from granite4v.runtime.extract.parquet import column_names, write_parquet, write_table
+from granite4v.runtime.extract.parquet import write_parquet, write_table
 from granite4v.runtime.formats import Cell, Table, read, write
 
 HTML = (
@@ -49,7 +49,7 @@ def test_a_table_is_as_its_csv(tmp_path: Path) -> None:
 def test_columns_have_names_of_their_own(header: list[str], names: list[str], tmp_path: Path) -> None:
     cells = tuple(Cell(0, j, text, header=True, header_level=1) for j, text in enumerate(header))
     table = Table(1, len(header), 1, cells)
-    assert column_names(table) == names
+    assert table.column_names() == names
     write_table(tmp_path / "a.parquet", table)
     assert two_readers(tmp_path / "a.parquet") == [(names, [])] * 2
 

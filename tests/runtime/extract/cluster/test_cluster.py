@@ -197,18 +197,30 @@ class _Page:
         self.image, self.digest = image, image.digest.hex()
 
 
-def test_a_dataset_is_read(cluster: None, folder: Path, scans: Path, whole: list[dict[str, Any]]) -> None:
-    paths = ray.data.from_items([{"path": str(path)} for path in sorted(scans.iterdir())])
+@pytest.mark.parametrize("batch_format", ["default", "pandas", "pyarrow"])
+def test_a_dataset_is_read(
+    cluster: None, folder: Path, scans: Path, whole: list[dict[str, Any]], batch_format: str
+) -> None:
+    files = [str(path) for path in sorted(scans.iterdir())]
+    paths = ray.data.from_items([{"path": path, "id": number} for number, path in enumerate([*files, None])])
     read = paths.map_batches(
         granite4v.DocumentReader,
         fn_constructor_args=(TASKS,),
         fn_constructor_kwargs={"model": folder, **SETTINGS},
-        concurrency=1,
+        batch_format=batch_format,
+        compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=1,
         batch_size=2,
     )
-    found = sorted((row["source"], row["page"] or 0, row["task"], row["text"]) for row in read.take_all())
-    assert found == sorted((line["source"], line["page"] or 0, line["task"], line["text"]) for line in whole)
+    rows = read.take_all()
+    lost = [row for row in rows if row["id"] == len(files)]
+    assert len(lost) == len(TASKS) and all("has no 'path'" in row["error"] for row in lost)
+    found = sorted(
+        (files[row["id"]], row["source"], row["page"] or 0, row["task"], row["text"]) for row in rows if row not in lost
+    )
+    assert found == sorted(
+        (line["source"], line["source"], line["page"] or 0, line["task"], line["text"]) for line in whole
+    )
 
 
 def test_a_loaded_model_cannot_travel(scans: Path) -> None:
