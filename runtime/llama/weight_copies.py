@@ -33,7 +33,7 @@ import numpy as np
 
 from granite4v.errors import DeviceError
 from granite4v.ggml.backend import Aborted, Arena, use_large_pages
-from granite4v.ggml.compiled.products import MOST_ROWS
+from granite4v.ggml.compiled.products import MOST_FLOAT_ROWS
 from granite4v.ggml.declarations import TensorP
 from granite4v.ggml.library import lib as ggml
 from granite4v.ggml.quantize import quantize_rows
@@ -119,7 +119,7 @@ class WeightCopies:
         computes, and returns no mapped pages: the next one follows at once and reads the same. Nor does a prompt of
         as few rows as a step may have: that stays in llama.cpp's graph, which is used again, and knows one type.
         """
-        is_many, widens = n_rows > MAX_FEW_ROWS, is_prompt and n_rows > MOST_ROWS
+        is_many, widens = n_rows > MAX_FEW_ROWS, is_prompt and n_rows > MOST_FLOAT_ROWS
         used = is_many, widens
         if used != self._used:
             self._used = None  # unknown, should this be interrupted

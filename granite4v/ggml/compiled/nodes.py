@@ -20,13 +20,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from granite4v.errors import SpeedWarning
-from granite4v.ggml.compiled import attention, products, prompt_products
+from granite4v.ggml.compiled import attention, products
 from granite4v.ggml.compiled import rotary as rotary_embedding
 from granite4v.ggml.compiled.attention import CELLS, FEW, FewRowsAttention
+from granite4v.ggml.compiled.float_products import FloatProducts
 from granite4v.ggml.compiled.meeting import STATE
-from granite4v.ggml.compiled.products import KINDS, MOST_ROWS, Products
+from granite4v.ggml.compiled.products import KINDS, MOST_FLOAT_ROWS
 from granite4v.ggml.compiled.prompt_attention import PromptAttention
-from granite4v.ggml.compiled.prompt_products import LEAST_ROWS, OUTPUTS, PromptProducts
+from granite4v.ggml.compiled.quantized_products import OUTPUTS, QuantizedProducts
 from granite4v.ggml.compiled.rotary import Rotary
 from granite4v.ggml.compiled.writer import SCALE_PLACE, Writer, compiled, llvm, version
 from granite4v.ggml.declarations import ALL_THREADS, TensorStruct
@@ -34,7 +35,7 @@ from granite4v.ggml.types import TYPE_IDS, TYPES
 
 # enum ggml_op, include/ggml.h of ggml 0.25.3; a test asks
 OP_MUL_MAT, OP_ROPE, OP_FLASH_ATTN_EXT, OP_CUSTOM = 29, 48, 74, 95
-REVISION = 3  # of what the kernels compute: whoever changes a bit of it counts on
+REVISION = 4  # of what the kernels compute: whoever changes a bit of it counts on
 BETWEEN_LAYERS = (b"embd", b"l_ou")  # how names of nodes begin that stand between decoder layers
 
 
@@ -72,7 +73,7 @@ class NodeKernels:
     @property
     def most_rows(self) -> int | None:
         """Of a step whose rows all have the values of these kernels; None: of any."""
-        return min(FEW - 1, MOST_ROWS) if self.is_for_speed else None
+        return min(FEW - 1, MOST_FLOAT_ROWS) if self.is_for_speed else None
 
     @property
     def description(self) -> str:
@@ -222,11 +223,11 @@ class _Callback:
                 require = functools.partial(self._require_attention, is_prompt)
                 cases.append(_Case(OP_FLASH_ATTN_EXT, require, writer(w, *self.kernels.attention).write()))
         for kind in self.kernels.products:
-            if kind in prompt_products.KINDS:
-                require = functools.partial(self._require_product, kind, self._require_many)
-                cases.append(_Case(OP_MUL_MAT, require, PromptProducts(w).write(kind), cleared=STATE))
-            require = functools.partial(self._require_product, kind, self._require_few)
-            cases.append(_Case(OP_MUL_MAT, require, Products(w).write(kind)))
+            require = functools.partial(self._require_product, kind)
+            if kind in products.QUANTIZED:
+                cases.append(_Case(OP_MUL_MAT, require, QuantizedProducts(w).write(kind), cleared=STATE))
+            else:
+                cases.append(_Case(OP_MUL_MAT, require, FloatProducts(w).write()))
         if self.kernels.rotary:
             cases.append(_Case(OP_ROPE, self._require_rotary, Rotary(w).write(), rotary_embedding.MOVED))
         return cases
@@ -257,9 +258,7 @@ class _Callback:
         for i in (1, 2):  # biases by distance, and a cap of scores
             require(b.fcmp_ordered("==", w.field(node, "op_params", i, w.f32), w.number(0.0)))
 
-    def _require_product(
-        self, kind: str, require_rows: Callable[..., None], node: Any, require: Callable[[Any], None]
-    ) -> None:
+    def _require_product(self, kind: str, node: Any, require: Callable[[Any], None]) -> None:
         w, b, equal = self.w, self.w.b, self._equal
         weights, x = (w.field(node, "src", i, w.bytes) for i in range(2))
         require(equal(w.field(weights, "type", kind=w.i32), TYPE_IDS[kind]))
@@ -276,17 +275,11 @@ class _Callback:
         require(equal(w.field(weights, "nb", 1), b.mul(b.sdiv(n_in, w.integer(block)), w.integer(n_bytes))))
         require(equal(w.field(x, "nb", 0), 4))
         require(equal(w.field(node, "nb", 0), 4))
-        require_rows(weights, x, require)
-
-    def _require_few(self, _: Any, x: Any, require: Callable[[Any], None]) -> None:
-        require(self.w.b.icmp_signed("<=", self.w.field(x, "ne", 1), self.w.integer(MOST_ROWS)))
-
-    def _require_many(self, weights: Any, x: Any, require: Callable[[Any], None]) -> None:
-        w, b = self.w, self.w.b
-        least = b.select(self.is_prompt, w.integer(LEAST_ROWS), w.integer(MOST_ROWS + 1))
-        require(b.icmp_signed(">=", w.field(x, "ne", 1), least))
-        require(self._equal(w.field(x, "ne", 2), 1))
-        require(self._equal(b.srem(w.field(weights, "ne", 1), w.integer(OUTPUTS)), 0))
+        if kind in products.QUANTIZED:
+            require(equal(w.field(x, "ne", 2), 1))
+            require(b.icmp_signed(">=", w.field(weights, "ne", 1), w.integer(OUTPUTS)))
+        else:
+            require(b.icmp_signed("<=", w.field(x, "ne", 1), w.integer(MOST_FLOAT_ROWS)))
 
     def _require_rotary(self, node: Any, require: Callable[[Any], None]) -> None:
         """ggml has seen to it that positions are whole numbers, factors float32, and turned numbers even in number."""

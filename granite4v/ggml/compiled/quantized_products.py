@@ -1,0 +1,307 @@
+"""Products of quantized weights with any number of activation rows, for CPUs with AVX-512 VNNI.
+
+Weights stay in the mapped file. 32 rows of them are unpacked at a time (`columns`), as two registers of 16 lanes, one
+lane for each row of weights. Activation rows are rounded to 8-bit integers with one scale for 32 numbers, which is finer
+than what ggml does for K-quants (256), and products of integers are exact.
+
+- Few rows: 32 weights of 32 rows are held in 16 registers, and all activation rows are multiplied with them in turn.
+  Threads take runs of neighbouring weights, which memory delivers fastest.
+- Many rows: some hundred weights are unpacked to the first cache and multiplied with tiles of 5 activation rows, which
+  need half the loads of single ones. A core can do no more loads than multiplications.
+
+Both do the same arithmetic in the same order, so the values of a row are the same to the bit however many rows there
+are, whatever they hold, and for every number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from granite4v.ggml.compiled.columns import (
+    BLOCK,
+    KINDS,
+    OFFSETS,
+    QUADS,
+    ColumnUnpacker,
+    has_least,
+    n_columns,
+    n_parts,
+    step,
+    step_bytes,
+)
+from granite4v.ggml.compiled.meeting import Meeting
+from granite4v.ggml.compiled.writer import LANES, Writer
+
+__all__ = ["KINDS", "OUTPUTS", "QuantizedProducts"]
+
+REGISTER = 4 * LANES  # bytes
+OUTPUTS = 2 * LANES  # rows of weights that are unpacked together
+LEAST_MANY = 24  # activation rows from which tiles are faster
+ROWS = 5  # of a tile: with more, LLVM keeps sums in memory
+CHUNK = 512  # weights of a row that are unpacked at once, and stay in the first cache of a core
+CACHED = 512 << 10  # bytes of rows as integers that stay in the second one while all weights pass
+LOW_ROWS, TOP_ROWS = 8 * ROWS, 64 * ROWS  # that are taken at once
+SHARES = 4  # of each thread, at least, where there is work enough
+# What is kept of a block of a row next to its integers: its scale, its sum, and the sums of its parts times the offset
+# of the weights.
+SCALE, SUM, STARTS, ABOUT = 0, 4, 8, 16
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of a block of `OUTPUTS` rows of weights, two registers each: quads by their number, scales by their part."""
+
+    quads: Callable[[int], list[Any]]
+    scales: Callable[[int], list[Any]]
+    least: Callable[[int], list[Any]]
+
+
+class QuantizedProducts:
+    """Writes the operations, one for each type of weights."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.w, self.unpacker = writer, ColumnUnpacker(writer)
+
+    def write(self, kind: str) -> Any:
+        """void (*ggml_custom_op_t)(struct ggml_tensor * dst, int ith, int nth, void * userdata)"""
+        w = self.w
+        self.kind, self.step_size = kind, n_columns(kind) * 2 * REGISTER
+        function = w.begin(f"multiply_{kind}", w.ir.VoidType(), w.bytes, w.i32, w.i32, w.bytes)
+        self.target, ith, nth, _ = function.args
+        b = w.b
+        self.weights, self.x = (w.field(self.target, "src", i, w.bytes) for i in range(2))
+        n_in, self.n_out, n_rows = w.field(self.x, "ne", 0), w.field(self.weights, "ne", 1), w.field(self.x, "ne", 1)
+        self.n_blocks, self.n_steps = b.sdiv(n_in, w.integer(BLOCK)), b.sdiv(n_in, w.integer(step(kind)))
+        self.row_bytes = w.field(self.weights, "nb", 1)
+        ith, nth = b.sext(ith, w.i64), b.sext(nth, w.i64)
+        self.columns = w.on_stack(CHUNK // step(kind) * self.step_size)
+        self.sums = w.on_stack(TOP_ROWS * 2 * REGISTER)
+        n_integers = b.mul(n_rows, n_in)
+        meeting = Meeting(w, self.target, ith, nth)
+        self.integers = meeting.room(b.add(n_integers, b.mul(b.mul(n_rows, self.n_blocks), w.integer(ABOUT))))
+        self.about = b.gep(self.integers, [n_integers])
+        with w.loop(ith, n_rows, nth) as (row, _turn):
+            self._round_row(w.at(self.x, (1, row)), row)
+        meeting.wait_for_all()
+        groups = b.sdiv(b.add(self.n_out, w.integer(OUTPUTS - 1)), w.integer(OUTPUTS))
+        with b.if_else(b.icmp_signed("<", n_rows, w.integer(LEAST_MANY))) as (are_few, are_many):
+            with are_few:
+                self._share_few(meeting, groups, n_rows, nth)
+            with are_many:
+                self._share_many(meeting, groups, n_rows, n_in, nth)
+        meeting.leave()
+        w.b.ret_void()
+        return function
+
+    def _share_few(self, meeting: Meeting, groups: Any, n_rows: Any, n_threads: Any) -> None:
+        w, b, one = self.w, self.w.b, self.w.integer(1)
+        n_shares = self._least(b.mul(n_threads, w.integer(SHARES)), groups)
+        with meeting.shares(n_shares) as share:
+            first, end = (b.sdiv(b.mul(groups, i), n_shares) for i in (share, b.add(share, one)))
+            with w.loop(first, end, one) as (group, _turn):
+                self._multiply_few(self._first_output(group), n_rows)
+
+    def _share_many(self, meeting: Meeting, groups: Any, n_rows: Any, n_in: Any, n_threads: Any) -> None:
+        w, b = self.w, self.w.b
+        at_once = self._rows_at_once(n_in, n_rows, groups, n_threads)
+        n_passes = b.sdiv(b.add(n_rows, b.sub(at_once, w.integer(1))), at_once)
+        with meeting.shares(b.mul(groups, n_passes)) as share:
+            # with the rows before them, those at the end fill a tile
+            start = self._least(b.mul(b.sdiv(share, groups), at_once), b.sub(n_rows, w.integer(ROWS)))
+            n = self._least(b.sub(n_rows, start), at_once)
+            self._multiply_many(self._first_output(b.srem(share, groups)), start, n)
+
+    def _first_output(self, group: Any) -> Any:
+        """The first row of weights of a group; the last group begins earlier where it would not be complete."""
+        w, b = self.w, self.w.b
+        return self._least(b.mul(group, w.integer(OUTPUTS)), b.sub(self.n_out, w.integer(OUTPUTS)))
+
+    def _least(self, x: Any, y: Any) -> Any:
+        return self.w.b.select(self.w.b.icmp_signed("<", x, y), x, y)
+
+    def _rows_at_once(self, n_in: Any, n_rows: Any, groups: Any, n_threads: Any) -> Any:
+        """As many as stay in a core's cache, or fewer, so that every thread has some shares."""
+        w, b = self.w, self.w.b
+        most = self._least(b.sdiv(w.integer(CACHED), n_in), w.integer(TOP_ROWS))
+        most = self._least(most, b.sdiv(b.mul(n_rows, groups), b.mul(n_threads, w.integer(SHARES))))
+        whole = b.mul(b.sdiv(most, w.integer(ROWS)), w.integer(ROWS))
+        return b.select(b.icmp_signed("<", whole, w.integer(LOW_ROWS)), w.integer(LOW_ROWS), whole)
+
+    def _round_row(self, source: Any, row: Any) -> None:
+        w, b = self.w, self.w.b
+        with w.loop(w.integer(0), self.n_blocks, w.integer(1)) as (block, _turn):
+            at = b.gep(source, [b.mul(block, w.integer(4 * BLOCK))])
+            values = [w.load(at, w.integer(REGISTER * i), w.vector) for i in range(2)]
+            integers, scale, total = w.as_integers(values)
+            place = b.add(b.mul(row, self.n_blocks), block)
+            for i, each in enumerate(integers):
+                target = b.add(b.mul(place, w.integer(BLOCK)), w.integer(LANES * i))
+                w.store(b.trunc(each, w.ir.VectorType(w.i8, LANES)), self.integers, target, 1)
+            about = b.gep(self.about, [b.mul(place, w.integer(ABOUT))])
+            w.store(scale, about, w.integer(SCALE))
+            w.store(b.fmul(b.sitofp(total, w.f32), scale), about, w.integer(SUM))
+            offset = w.integer(OFFSETS.get(self.kind, 0), w.i32)
+            totals = [w.whole_total(each) for each in integers] if n_parts(self.kind) == 2 else [total]
+            for i, each in enumerate(totals):
+                w.store(b.mul(each, offset), about, w.integer(STARTS + 4 * i))
+
+    # --- weights ---
+
+    def _unpack(self, first_output: Any, number: Any, slot: Any) -> None:
+        """A step of `OUTPUTS` rows of weights, by its number in the rows, to a slot of the columns: those of the first
+        sixteen rows and of the others by turns."""
+        w, b = self.w, self.w.b
+        n_bytes = step_bytes(self.kind)
+        base = b.gep(w.at(self.weights, (1, first_output)), [b.mul(number, w.integer(n_bytes))])
+        target = b.gep(self.columns, [b.mul(slot, w.integer(self.step_size))])
+        ahead = b.mul(self.row_bytes, w.integer(OUTPUTS))
+        with w.loop(w.integer(0), w.integer(2), w.integer(1)) as (half, _turn):
+            start = b.gep(base, [b.mul(b.mul(half, w.integer(LANES)), self.row_bytes)])
+            rows = [b.gep(start, [b.mul(self.row_bytes, w.integer(i))]) for i in range(LANES)]
+            for row in rows:
+                w.prefetch(b.gep(row, [ahead]), n_bytes)
+            found = self.unpacker.unpack(self.kind, rows)
+            to = b.gep(target, [b.mul(half, w.integer(REGISTER))])
+            for i, column in enumerate([*found.quads, *found.scales, *found.least]):
+                w.store(column, to, w.integer(2 * REGISTER * i), REGISTER)
+
+    def _block(self, slot: Any, block: Any) -> tuple[Any, Any, Any]:
+        """Where the quads, the scales, and what is added are of a block of an unpacked step."""
+        w, b = self.w, self.w.b
+        n_quads, n_scales = step(self.kind) // 4, step(self.kind) // BLOCK * n_parts(self.kind)
+        start = b.gep(self.columns, [b.mul(slot, w.integer(self.step_size))])
+
+        def place(first: int, n: int) -> Any:
+            return b.gep(start, [b.add(b.mul(block, w.integer(n * 2 * REGISTER)), w.integer(first * 2 * REGISTER))])
+
+        return place(0, QUADS), place(n_quads, n_parts(self.kind)), place(n_quads + n_scales, 1)
+
+    # --- few rows ---
+
+    def _multiply_few(self, first_output: Any, n_rows: Any) -> None:
+        """`OUTPUTS` rows of weights with all activation rows, whose sums stay in memory."""
+        w, b, zero, one = self.w, self.w.b, self.w.integer(0), self.w.integer(1)
+        with w.loop(zero, b.mul(n_rows, w.integer(2)), one) as (i, _turn):
+            w.store(w.all(0.0), self.sums, b.mul(i, w.integer(REGISTER)), REGISTER)
+        with w.loop(zero, self.n_steps, one) as (number, _turn):
+            self._unpack(first_output, number, zero)
+            n_blocks = w.integer(step(self.kind) // BLOCK)
+            with w.loop(zero, n_blocks, one) as (i, _turn):
+                weights = self._loaded(*self._block(zero, i))
+                block = b.add(b.mul(number, n_blocks), i)
+                with w.loop(zero, n_rows, one) as (row, _turn):
+                    place = b.add(b.mul(row, self.n_blocks), block)
+                    sums = b.gep(self.sums, [b.mul(row, w.integer(2 * REGISTER))])
+                    before = [w.load(sums, w.integer(REGISTER * half), w.vector, REGISTER) for half in range(2)]
+                    integers = b.gep(self.integers, [b.mul(place, w.integer(BLOCK))])
+                    about = b.gep(self.about, [b.mul(place, w.integer(ABOUT))])
+                    for half, value in enumerate(self._added(before, weights, [integers], [about])):
+                        w.store(value, sums, w.integer(REGISTER * half), REGISTER)
+        with w.loop(zero, n_rows, one) as (row, _turn):
+            self._give(row, first_output, b.gep(self.sums, [b.mul(row, w.integer(2 * REGISTER))]))
+
+    # --- many rows ---
+
+    def _multiply_many(self, first_output: Any, start: Any, n_rows: Any) -> None:
+        """`OUTPUTS` rows of weights with some activation rows, whose sums stay in memory from chunk to chunk."""
+        w, b, zero, one = self.w, self.w.b, self.w.integer(0), self.w.integer(1)
+        per_chunk = w.integer(CHUNK // step(self.kind))
+        n_tiles = b.sdiv(b.add(n_rows, w.integer(ROWS - 1)), w.integer(ROWS))
+
+        def first_of(tile: Any) -> Any:
+            return b.add(start, self._least(b.mul(tile, w.integer(ROWS)), b.sub(n_rows, w.integer(ROWS))))
+
+        def sums_of(tile: Any) -> Any:
+            return b.gep(self.sums, [b.mul(tile, w.integer(ROWS * 2 * REGISTER))])
+
+        with w.loop(zero, self.n_steps, per_chunk) as (first_step, _turn):
+            n = self._least(b.sub(self.n_steps, first_step), per_chunk)
+            with w.loop(zero, n, one) as (i, _turn):
+                self._unpack(first_output, b.add(first_step, i), i)
+            is_first = b.icmp_signed("==", first_step, zero)
+            with w.loop(zero, n_tiles, one) as (tile, _turn):
+                self._multiply_tile(first_of(tile), first_step, n, sums_of(tile), is_first)
+        with w.loop(zero, n_tiles, one) as (tile, _turn):
+            for r in range(ROWS):
+                row = b.add(first_of(tile), w.integer(r))
+                self._give(row, first_output, b.gep(sums_of(tile), [w.integer(2 * REGISTER * r)]))
+
+    def _multiply_tile(self, first: Any, first_step: Any, n_steps: Any, sums_at: Any, is_first: Any) -> None:
+        """A chunk of `OUTPUTS` rows of weights with `ROWS` activation rows."""
+        w, b, zero, one = self.w, self.w.b, self.w.integer(0), self.w.integer(1)
+        n_blocks = w.integer(step(self.kind) // BLOCK)
+        begin = b.mul(first_step, n_blocks)
+        places = [b.add(b.mul(b.add(first, w.integer(r)), self.n_blocks), begin) for r in range(ROWS)]
+        rows = [b.gep(self.integers, [b.mul(place, w.integer(BLOCK))]) for place in places]
+        abouts = [b.gep(self.about, [b.mul(place, w.integer(ABOUT))]) for place in places]
+        before = [w.load(sums_at, w.integer(REGISTER * i), w.vector, REGISTER) for i in range(2 * ROWS)]
+        before = [b.select(is_first, w.all(0.0), each) for each in before]
+        with w.loop(zero, n_steps, one, before) as (i, sums):
+            with w.loop(zero, n_blocks, one, sums) as (j, added):
+                block = b.add(b.mul(i, n_blocks), j)
+                numbers = [b.gep(row, [b.mul(block, w.integer(BLOCK))]) for row in rows]
+                about = [b.gep(each, [b.mul(block, w.integer(ABOUT))]) for each in abouts]
+                added[:] = self._added(added, self._at(*self._block(i, j)), numbers, about)
+            sums[:] = added
+        for i, total in enumerate(sums):
+            w.store(total, sums_at, w.integer(REGISTER * i), REGISTER)
+
+    # --- arithmetic ---
+
+    def _at(self, quads: Any, scales: Any, least: Any) -> Weights:
+        """Weights of a block that are loaded when they are used."""
+
+        def both(columns: Any, kind: Any) -> Callable[[int], list[Any]]:
+            return lambda i: [
+                self.w.load(columns, self.w.integer(REGISTER * (2 * i + half)), kind, REGISTER) for half in range(2)
+            ]
+
+        return Weights(both(quads, self.w.whole), both(scales, self.w.vector), both(least, self.w.vector))
+
+    def _loaded(self, quads: Any, scales: Any, least: Any) -> Weights:
+        """Weights of a block that stay in registers."""
+        found = self._at(quads, scales, least)
+        of_quads, of_scales = (
+            [found.quads(i) for i in range(QUADS)],
+            [found.scales(i) for i in range(n_parts(self.kind))],
+        )
+        of_least = [found.least(0)] if has_least(self.kind) else []
+        return Weights(of_quads.__getitem__, of_scales.__getitem__, of_least.__getitem__)
+
+    def _added(
+        self, before: Sequence[Any], weights: Weights, numbers: Sequence[Any], about: Sequence[Any]
+    ) -> list[Any]:
+        """The sums of some rows, two vectors each, after a block. `numbers`, `about`: where each row's are."""
+        w, b = self.w, self.w.b
+        n = QUADS // n_parts(self.kind)
+        products: list[Any] = []
+        for part in range(n_parts(self.kind)):
+            found = [w.spread(w.load(each, w.integer(STARTS + 4 * part), w.i32)) for each in about for _ in range(2)]
+            for quad in range(n * part, n * (part + 1)):
+                of_weights = weights.quads(quad)
+                for r, at in enumerate(numbers):
+                    of_row = w.spread(w.load(at, w.integer(4 * quad), w.i32, 1))
+                    for half in range(2):
+                        found[2 * r + half] = w.fours_added(found[2 * r + half], of_weights[half], of_row)
+            scale = weights.scales(part)
+            values = [b.sitofp(each, w.vector) for each in found]
+            if part == 0:
+                products = [b.fmul(value, scale[i % 2]) for i, value in enumerate(values)]
+            else:
+                products = [w.fma(value, scale[i % 2], products[i]) for i, value in enumerate(values)]
+        of_rows = [w.spread(w.load(each, w.integer(SCALE), w.f32)) for each in about]
+        added = [w.fma(product, of_rows[i // 2], before[i]) for i, product in enumerate(products)]
+        if has_least(self.kind):
+            least = weights.least(0)
+            totals = [w.spread(w.load(each, w.integer(SUM), w.f32)) for each in about]
+            added = [w.fma(least[i % 2], totals[i // 2], each) for i, each in enumerate(added)]
+        return added
+
+    def _give(self, row: Any, first_output: Any, sums: Any) -> None:
+        """Stores the products of an activation row with `OUTPUTS` rows of weights."""
+        w, b = self.w, self.w.b
+        out = b.gep(w.at(self.target, (1, row)), [b.mul(first_output, w.integer(4))])
+        for half in range(2):
+            w.store(w.load(sums, w.integer(REGISTER * half), w.vector, REGISTER), out, w.integer(REGISTER * half))
