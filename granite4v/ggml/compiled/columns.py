@@ -73,40 +73,31 @@ class ColumnUnpacker:
 
     # --- from memory ---
 
-    def _dwords(self, rows: Sequence[Any], *pieces: tuple[int, int]) -> list[Any]:
-        """The dwords of all rows as columns. `pieces`: offset and number of dwords of what is put together, which are
-        as many each, and 16 at most in all."""
-        loaded = [self._joined([self._load(row, at, n) for at, n in pieces]) for row in rows]
-        return self.w.transposed(loaded)[: sum(n for _, n in pieces)]
+    def _dwords(self, rows: Sequence[Any], at: int, n: int) -> list[Any]:
+        """4, 8 or 16 dwords of all rows, as columns."""
+        kind = self.w.ir.VectorType(self.w.i32, n)
+        return self.w.transposed([self.w.load(row, self.w.integer(at), kind, 1) for row in rows])
 
-    def _load(self, row: Any, at: int, n: int) -> Any:
-        return self.w.load(row, self.w.integer(at), self.w.ir.VectorType(self.w.i32, n), 1)
+    def _half(self, column: Any, number: int) -> Any:
+        """The lower (0) or upper (1) half of each dword, a half-precision number."""
+        w, b = self.w, self.w.b
+        words = b.trunc(self._bits(column, -16 * number), w.ir.VectorType(w.i16, LANES))
+        return b.fpext(b.bitcast(words, w.ir.VectorType(w.half, LANES)), w.vector)
 
-    def _joined(self, vectors: Sequence[Any]) -> Any:
-        """One vector of 16 lanes; those that are left over are undefined."""
-        while len(vectors) > 1:
-            n = 2 * vectors[0].type.count
-            vectors = [self.w.picked(a, range(n), b) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
-        n = vectors[0].type.count
-        return vectors[0] if n == LANES else self.w.picked(vectors[0], [i % n for i in range(LANES)])
-
-    def _halves(self, rows: Sequence[Any], at: int) -> Any:
-        """One half-precision number of each row."""
-        w = self.w
-        found = w.ir.Constant(w.ir.VectorType(w.half, LANES), w.ir.Undefined)
-        for i, row in enumerate(rows):
-            found = w.b.insert_element(found, w.load(row, w.integer(at), w.half, 2), w.integer(i, w.i32))
-        return w.b.fpext(found, w.vector)
+    def _joined(self, columns: Sequence[Any]) -> list[Any]:
+        """Quads that begin in the middle of each dword and end in the next one's."""
+        pairs = zip(columns, columns[1:], strict=False)
+        return [self.w.b.or_(self._bits(low, -16), self._bits(high, 16)) for low, high in pairs]
 
     # --- bits ---
 
-    def _bits(self, column: Any, left: int, mask: int) -> Any:
+    def _bits(self, column: Any, left: int, mask: int = 0xFF) -> Any:
         """Moved left (right where negative), and masked byte by byte."""
         w, b = self.w, self.w.b
         if left:
             by = w.integers([abs(left)] * LANES, w.i32)
             column = b.shl(column, by) if left > 0 else b.lshr(column, by)
-        return b.and_(column, w.integers([mask * 0x01010101] * LANES, w.i32))
+        return column if mask == 0xFF else b.and_(column, w.integers([mask * 0x01010101] * LANES, w.i32))
 
     def _byte(self, column: Any, number: int, *, signed: bool = False) -> Any:
         """A byte of each dword, as float32."""
@@ -123,10 +114,8 @@ class ColumnUnpacker:
         """Of Q4_K and Q5_K, whose blocks begin with the scale of scales, that of minima, and eight of both, with 6 bits
         each."""
         w, b = self.w, self.w.b
-        both, low, middle, high = self._dwords(rows, (0, 4))
-        as_halves = [b.trunc(each, w.ir.VectorType(w.i16, LANES)) for each in (both, self._moved_down(both))]
-        scale, least = (b.fpext(b.bitcast(e, w.ir.VectorType(w.half, LANES)), w.vector) for e in as_halves)
-        least = b.fsub(w.all(-0.0), least)
+        both, low, middle, high = self._dwords(rows, 0, 4)
+        scale, least = self._half(both, 0), b.fsub(w.all(-0.0), self._half(both, 1))
         scales = [self._bits(low, 0, 0x3F), b.or_(self._bits(high, 0, 0x0F), self._bits(low, -2, 0x30))]
         minima = [self._bits(middle, 0, 0x3F), b.or_(self._bits(high, -4, 0x0F), self._bits(middle, -2, 0x30))]
         return Columns(
@@ -135,11 +124,8 @@ class ColumnUnpacker:
             [b.fmul(self._byte(minima[i // 4], i % 4), least) for i in range(SUPER // BLOCK)],
         )
 
-    def _moved_down(self, column: Any) -> Any:
-        return self.w.b.lshr(column, self.w.integers([16] * LANES, self.w.i32))
-
     def _unpack_q4_k(self, rows: Sequence[Any]) -> Columns:
-        packed = [*self._dwords(rows, (16, 16)), *self._dwords(rows, (80, 16))]
+        packed = [*self._dwords(rows, 16, 16), *self._dwords(rows, 80, 16)]
         quads = []
         for i in range(0, len(packed), QUADS):  # low halves of 32 bytes are a block of 32 numbers, high ones the next
             for left in (0, -4):
@@ -148,8 +134,8 @@ class ColumnUnpacker:
 
     def _unpack_q5_k(self, rows: Sequence[Any]) -> Columns:
         b = self.w.b
-        high = self._dwords(rows, (16, 8))  # bit i of a byte belongs to block i
-        packed = [*self._dwords(rows, (48, 16)), *self._dwords(rows, (112, 16))]
+        high = self._dwords(rows, 16, 8)  # bit i of a byte belongs to block i
+        packed = [*self._dwords(rows, 48, 16), *self._dwords(rows, 112, 16)]
         quads = []
         for i in range(SUPER // BLOCK):
             some = packed[QUADS * (i // 2) : QUADS * (i // 2 + 1)]
@@ -159,33 +145,42 @@ class ColumnUnpacker:
 
     def _unpack_q6_k(self, rows: Sequence[Any]) -> Columns:
         b = self.w.b
-        high = self._dwords(rows, (128, 16))
+        high = self._dwords(rows, 128, 16)
         quads = []
         for half in range(2):  # of 128 numbers: two low halves of bytes, then two high ones; pairs of bits likewise
-            low, top = self._dwords(rows, (64 * half, 16)), high[QUADS * half : QUADS * (half + 1)]
+            low, top = self._dwords(rows, 64 * half, 16), high[QUADS * half : QUADS * (half + 1)]
             for i in range(4):
                 some = low[QUADS * (i % 2) : QUADS * (i % 2 + 1)]
                 for each, bits in zip(some, top, strict=True):
                     quads.append(b.or_(self._bits(each, -4 * (i // 2), 0x0F), self._bits(bits, 4 - 2 * i, 0x30)))
-        scale = self._halves(rows, 208)
-        fours = self._dwords(rows, (192, 4))
+        last = self._dwords(rows, 178, 8)  # 16 scales from the middle of a dword on, and theirs
+        fours, scale = self._joined(last[3:]), self._half(last[7], 1)
         return Columns(quads, [b.fmul(self._byte(fours[i // 4], i % 4, signed=True), scale) for i in range(16)])
 
     def _unpack_q8_0(self, rows: Sequence[Any]) -> Columns:
-        """Signed integers: 128 more makes them unsigned."""
+        """A scale, and signed integers: 128 more makes them unsigned."""
         w = self.w
         sign = w.integers([-0x7F7F7F80] * LANES, w.i32)
-        quads = []
-        for i in (0, 2):
-            both = self._dwords(rows, (34 * i + 2, 8), (34 * (i + 1) + 2, 8))
-            quads += [w.b.xor(each, sign) for each in both]
-        return Columns(quads, [self._halves(rows, 34 * i) for i in range(4)])
+        loaded = [*self._dwords(rows, 0, 16), *self._dwords(rows, 64, 16), *self._dwords(rows, 120, 4)[2:]]
+        quads, scales = self._scales_and_quads(loaded, QUADS)
+        return Columns([w.b.xor(each, sign) for each in quads], scales)
 
     def _unpack_q4_0(self, rows: Sequence[Any]) -> Columns:
-        """The low halves of 16 bytes are the first 16 numbers of a block, 8 too large."""
-        packed = self._dwords(rows, *((18 * i + 2, 4) for i in range(4)))
+        """A scale, and 16 bytes, whose low halves are the first 16 numbers of a block, 8 too large."""
+        loaded = [*self._dwords(rows, 0, 16), *self._dwords(rows, 56, 4)[2:]]
+        packed, scales = self._scales_and_quads(loaded, 4)
         quads = []
-        for i in range(4):
+        for i in range(0, len(packed), 4):
             for left in (0, -4):
-                quads += [self._bits(each, left, 0x0F) for each in packed[4 * i : 4 * i + 4]]
-        return Columns(quads, [self._halves(rows, 18 * i) for i in range(4)])
+                quads += [self._bits(each, left, 0x0F) for each in packed[i : i + 4]]
+        return Columns(quads, scales)
+
+    def _scales_and_quads(self, loaded: Sequence[Any], n: int) -> tuple[list[Any], list[Any]]:
+        """Of blocks that begin with their scale, which takes half a dword, so that every other one begins in the middle
+        of one. `n`: dwords of a block beside the scale."""
+        quads, scales = [], []
+        for first in range(0, len(loaded), 2 * n + 1):
+            one, other = loaded[first : first + n + 1], loaded[first + n + 1 : first + 2 * n + 1]
+            quads += [*self._joined(one), *other]
+            scales += [self._half(one[0], 0), self._half(one[n], 1)]
+        return quads, scales

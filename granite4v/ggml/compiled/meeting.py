@@ -49,16 +49,25 @@ class Meeting:
         self._wait(lambda: b.icmp_signed("==", b.load_atomic(self._at(MET, w.i32), "acquire", 4), n))
 
     @contextmanager
-    def shares(self, n: Any) -> Iterator[Any]:
-        """`for share in range(n)`, each in one thread."""
+    def shares(self, n: Any) -> Iterator[tuple[Any, Any]]:
+        """`for share in range(n)`, each in one thread, with the share that the thread takes after it, which may be past
+        the end."""
         w, b = self.w, self.w.b
+
+        def taken() -> Any:
+            return b.sext(b.atomic_rmw("add", self._at(NEXT, w.i32), w.integer(1, w.i32), "monotonic"), w.i64)
+
+        first, before = taken(), b.block
         head, body, after = (b.function.append_basic_block() for _ in range(3))
         b.branch(head)
         b.position_at_end(head)
-        share = b.sext(b.atomic_rmw("add", self._at(NEXT, w.i32), w.integer(1, w.i32), "monotonic"), w.i64)
+        share = b.phi(w.i64)
+        share.add_incoming(first, before)
         b.cbranch(b.icmp_signed("<", share, n), body, after)
         b.position_at_end(body)
-        yield share
+        following = taken()
+        yield share, following
+        share.add_incoming(following, b.block)
         b.branch(head)
         b.position_at_end(after)
 

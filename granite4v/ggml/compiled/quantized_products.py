@@ -38,7 +38,6 @@ __all__ = ["KINDS", "OUTPUTS", "QuantizedProducts"]
 
 REGISTER = 4 * LANES  # bytes
 OUTPUTS = 2 * LANES  # rows of weights that are unpacked together
-LEAST_MANY = 24  # activation rows from which tiles are faster
 ROWS = 5  # of a tile: with more, LLVM keeps sums in memory
 CHUNK = 512  # weights of a row that are unpacked at once, and stay in the first cache of a core
 CACHED = 512 << 10  # bytes of rows as integers that stay in the second one while all weights pass
@@ -85,47 +84,34 @@ class QuantizedProducts:
         with w.loop(ith, n_rows, nth) as (row, _turn):
             self._round_row(w.at(self.x, (1, row)), row)
         meeting.wait_for_all()
-        groups = b.sdiv(b.add(self.n_out, w.integer(OUTPUTS - 1)), w.integer(OUTPUTS))
-        with b.if_else(b.icmp_signed("<", n_rows, w.integer(LEAST_MANY))) as (are_few, are_many):
-            with are_few:
-                self._share_few(meeting, groups, n_rows, nth)
-            with are_many:
-                self._share_many(meeting, groups, n_rows, n_in, nth)
+        self.groups = b.sdiv(b.add(self.n_out, w.integer(OUTPUTS - 1)), w.integer(OUTPUTS))
+        at_once = self._rows_at_once(n_in, n_rows, nth)
+        n_passes = b.sdiv(b.add(n_rows, b.sub(at_once, w.integer(1))), at_once)
+        with meeting.shares(b.mul(self.groups, n_passes)) as (share, following):
+            start = b.mul(b.sdiv(share, self.groups), at_once)
+            self.ahead = self._weights_of(following)
+            self._multiply(self._first_output(share), start, self._least(b.sub(n_rows, start), at_once))
         meeting.leave()
         w.b.ret_void()
         return function
 
-    def _share_few(self, meeting: Meeting, groups: Any, n_rows: Any, n_threads: Any) -> None:
-        w, b, one = self.w, self.w.b, self.w.integer(1)
-        n_shares = self._least(b.mul(n_threads, w.integer(SHARES)), groups)
-        with meeting.shares(n_shares) as share:
-            first, end = (b.sdiv(b.mul(groups, i), n_shares) for i in (share, b.add(share, one)))
-            with w.loop(first, end, one) as (group, _turn):
-                self._multiply_few(self._first_output(group), n_rows)
+    def _weights_of(self, share: Any) -> Any:
+        return self.w.at(self.weights, (1, self._first_output(share)))
 
-    def _share_many(self, meeting: Meeting, groups: Any, n_rows: Any, n_in: Any, n_threads: Any) -> None:
+    def _first_output(self, share: Any) -> Any:
+        """The first row of weights of a share; the last ones begin earlier where they would not be complete."""
         w, b = self.w, self.w.b
-        at_once = self._rows_at_once(n_in, n_rows, groups, n_threads)
-        n_passes = b.sdiv(b.add(n_rows, b.sub(at_once, w.integer(1))), at_once)
-        with meeting.shares(b.mul(groups, n_passes)) as share:
-            # with the rows before them, those at the end fill a tile
-            start = self._least(b.mul(b.sdiv(share, groups), at_once), b.sub(n_rows, w.integer(ROWS)))
-            n = self._least(b.sub(n_rows, start), at_once)
-            self._multiply_many(self._first_output(b.srem(share, groups)), start, n)
-
-    def _first_output(self, group: Any) -> Any:
-        """The first row of weights of a group; the last group begins earlier where it would not be complete."""
-        w, b = self.w, self.w.b
+        group = b.srem(share, self.groups)
         return self._least(b.mul(group, w.integer(OUTPUTS)), b.sub(self.n_out, w.integer(OUTPUTS)))
 
     def _least(self, x: Any, y: Any) -> Any:
         return self.w.b.select(self.w.b.icmp_signed("<", x, y), x, y)
 
-    def _rows_at_once(self, n_in: Any, n_rows: Any, groups: Any, n_threads: Any) -> Any:
+    def _rows_at_once(self, n_in: Any, n_rows: Any, n_threads: Any) -> Any:
         """As many as stay in a core's cache, or fewer, so that every thread has some shares."""
         w, b = self.w, self.w.b
         most = self._least(b.sdiv(w.integer(CACHED), n_in), w.integer(TOP_ROWS))
-        most = self._least(most, b.sdiv(b.mul(n_rows, groups), b.mul(n_threads, w.integer(SHARES))))
+        most = self._least(most, b.sdiv(b.mul(n_rows, self.groups), b.mul(n_threads, w.integer(SHARES))))
         whole = b.mul(b.sdiv(most, w.integer(ROWS)), w.integer(ROWS))
         return b.select(b.icmp_signed("<", whole, w.integer(LOW_ROWS)), w.integer(LOW_ROWS), whole)
 
@@ -156,12 +142,11 @@ class QuantizedProducts:
         n_bytes = step_bytes(self.kind)
         base = b.gep(w.at(self.weights, (1, first_output)), [b.mul(number, w.integer(n_bytes))])
         target = b.gep(self.columns, [b.mul(slot, w.integer(self.step_size))])
-        ahead = b.mul(self.row_bytes, w.integer(OUTPUTS))
         with w.loop(w.integer(0), w.integer(2), w.integer(1)) as (half, _turn):
             start = b.gep(base, [b.mul(b.mul(half, w.integer(LANES)), self.row_bytes)])
             rows = [b.gep(start, [b.mul(self.row_bytes, w.integer(i))]) for i in range(LANES)]
-            for row in rows:
-                w.prefetch(b.gep(row, [ahead]), n_bytes)
+            part = b.add(b.mul(number, w.integer(2)), half)
+            w.prefetch(b.gep(self.ahead, [b.mul(part, w.integer(LANES * n_bytes))]), LANES * n_bytes)
             found = self.unpacker.unpack(self.kind, rows)
             to = b.gep(target, [b.mul(half, w.integer(REGISTER))])
             for i, column in enumerate([*found.quads, *found.scales, *found.least]):
@@ -178,66 +163,54 @@ class QuantizedProducts:
 
         return place(0, QUADS), place(n_quads, n_parts(self.kind)), place(n_quads + n_scales, 1)
 
-    # --- few rows ---
+    # --- rows ---
 
-    def _multiply_few(self, first_output: Any, n_rows: Any) -> None:
-        """`OUTPUTS` rows of weights with all activation rows, whose sums stay in memory."""
-        w, b, zero, one = self.w, self.w.b, self.w.integer(0), self.w.integer(1)
-        with w.loop(zero, b.mul(n_rows, w.integer(2)), one) as (i, _turn):
-            w.store(w.all(0.0), self.sums, b.mul(i, w.integer(REGISTER)), REGISTER)
-        with w.loop(zero, self.n_steps, one) as (number, _turn):
-            self._unpack(first_output, number, zero)
-            n_blocks = w.integer(step(self.kind) // BLOCK)
-            with w.loop(zero, n_blocks, one) as (i, _turn):
-                weights = self._loaded(*self._block(zero, i))
-                block = b.add(b.mul(number, n_blocks), i)
-                with w.loop(zero, n_rows, one) as (row, _turn):
-                    place = b.add(b.mul(row, self.n_blocks), block)
-                    sums = b.gep(self.sums, [b.mul(row, w.integer(2 * REGISTER))])
-                    before = [w.load(sums, w.integer(REGISTER * half), w.vector, REGISTER) for half in range(2)]
-                    integers = b.gep(self.integers, [b.mul(place, w.integer(BLOCK))])
-                    about = b.gep(self.about, [b.mul(place, w.integer(ABOUT))])
-                    for half, value in enumerate(self._added(before, weights, [integers], [about])):
-                        w.store(value, sums, w.integer(REGISTER * half), REGISTER)
-        with w.loop(zero, n_rows, one) as (row, _turn):
-            self._give(row, first_output, b.gep(self.sums, [b.mul(row, w.integer(2 * REGISTER))]))
-
-    # --- many rows ---
-
-    def _multiply_many(self, first_output: Any, start: Any, n_rows: Any) -> None:
+    def _multiply(self, first_output: Any, start: Any, n_rows: Any) -> None:
         """`OUTPUTS` rows of weights with some activation rows, whose sums stay in memory from chunk to chunk."""
         w, b, zero, one = self.w, self.w.b, self.w.integer(0), self.w.integer(1)
         per_chunk = w.integer(CHUNK // step(self.kind))
         n_tiles = b.sdiv(b.add(n_rows, w.integer(ROWS - 1)), w.integer(ROWS))
-
-        def first_of(tile: Any) -> Any:
-            return b.add(start, self._least(b.mul(tile, w.integer(ROWS)), b.sub(n_rows, w.integer(ROWS))))
-
-        def sums_of(tile: Any) -> Any:
-            return b.gep(self.sums, [b.mul(tile, w.integer(ROWS * 2 * REGISTER))])
-
+        size = b.sdiv(n_rows, n_tiles)
+        n_larger = b.sub(n_rows, b.mul(size, n_tiles))  # of one row more
+        with w.loop(zero, n_rows, one) as (row, _turn):
+            for half in range(2):
+                w.store(w.all(0.0), self._sums_of(row), w.integer(REGISTER * half), REGISTER)
         with w.loop(zero, self.n_steps, per_chunk) as (first_step, _turn):
             n = self._least(b.sub(self.n_steps, first_step), per_chunk)
             with w.loop(zero, n, one) as (i, _turn):
                 self._unpack(first_output, b.add(first_step, i), i)
-            is_first = b.icmp_signed("==", first_step, zero)
             with w.loop(zero, n_tiles, one) as (tile, _turn):
-                self._multiply_tile(first_of(tile), first_step, n, sums_of(tile), is_first)
-        with w.loop(zero, n_tiles, one) as (tile, _turn):
-            for r in range(ROWS):
-                row = b.add(first_of(tile), w.integer(r))
-                self._give(row, first_output, b.gep(sums_of(tile), [w.integer(2 * REGISTER * r)]))
+                first = b.add(b.mul(tile, size), self._least(tile, n_larger))
+                has_more = b.zext(b.icmp_signed("<", tile, n_larger), w.i64)
+                self._multiply_tile(b.add(size, has_more), b.add(start, first), first_step, n, self._sums_of(first))
+        with w.loop(zero, n_rows, one) as (row, _turn):
+            self._give(b.add(start, row), first_output, self._sums_of(row))
 
-    def _multiply_tile(self, first: Any, first_step: Any, n_steps: Any, sums_at: Any, is_first: Any) -> None:
-        """A chunk of `OUTPUTS` rows of weights with `ROWS` activation rows."""
+    def _sums_of(self, row: Any) -> Any:
+        return self.w.b.gep(self.sums, [self.w.b.mul(row, self.w.integer(2 * REGISTER))])
+
+    def _multiply_tile(self, n_rows: Any, first: Any, first_step: Any, n_steps: Any, sums_at: Any) -> None:
+        """A chunk of `OUTPUTS` rows of weights with up to `ROWS` activation rows."""
+        w, b = self.w, self.w.b
+        after = b.function.append_basic_block()
+        blocks = [b.function.append_basic_block() for _ in range(ROWS)]
+        which = b.switch(n_rows, blocks[-1])
+        for i, block in enumerate(blocks[:-1]):
+            which.add_case(w.integer(i + 1), block)
+        for i, block in enumerate(blocks):
+            b.position_at_end(block)
+            self._multiply_rows(i + 1, first, first_step, n_steps, sums_at)
+            b.branch(after)
+        b.position_at_end(after)
+
+    def _multiply_rows(self, n_rows: int, first: Any, first_step: Any, n_steps: Any, sums_at: Any) -> None:
         w, b, zero, one = self.w, self.w.b, self.w.integer(0), self.w.integer(1)
         n_blocks = w.integer(step(self.kind) // BLOCK)
         begin = b.mul(first_step, n_blocks)
-        places = [b.add(b.mul(b.add(first, w.integer(r)), self.n_blocks), begin) for r in range(ROWS)]
+        places = [b.add(b.mul(b.add(first, w.integer(r)), self.n_blocks), begin) for r in range(n_rows)]
         rows = [b.gep(self.integers, [b.mul(place, w.integer(BLOCK))]) for place in places]
         abouts = [b.gep(self.about, [b.mul(place, w.integer(ABOUT))]) for place in places]
-        before = [w.load(sums_at, w.integer(REGISTER * i), w.vector, REGISTER) for i in range(2 * ROWS)]
-        before = [b.select(is_first, w.all(0.0), each) for each in before]
+        before = [w.load(sums_at, w.integer(REGISTER * i), w.vector, REGISTER) for i in range(2 * n_rows)]
         with w.loop(zero, n_steps, one, before) as (i, sums):
             with w.loop(zero, n_blocks, one, sums) as (j, added):
                 block = b.add(b.mul(i, n_blocks), j)
@@ -259,16 +232,6 @@ class QuantizedProducts:
             ]
 
         return Weights(both(quads, self.w.whole), both(scales, self.w.vector), both(least, self.w.vector))
-
-    def _loaded(self, quads: Any, scales: Any, least: Any) -> Weights:
-        """Weights of a block that stay in registers."""
-        found = self._at(quads, scales, least)
-        of_quads, of_scales = (
-            [found.quads(i) for i in range(QUADS)],
-            [found.scales(i) for i in range(n_parts(self.kind))],
-        )
-        of_least = [found.least(0)] if has_least(self.kind) else []
-        return Weights(of_quads.__getitem__, of_scales.__getitem__, of_least.__getitem__)
 
     def _added(
         self, before: Sequence[Any], weights: Weights, numbers: Sequence[Any], about: Sequence[Any]
