@@ -7,8 +7,7 @@ two quads. Block layouts: ggml-common.h and ggml-quants.c of ggml 0.25.3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from granite4v.ggml.compiled.writer import LANES, Writer
@@ -20,16 +19,6 @@ SUPER = 256  # numbers in a block of K-quants
 FOURS = 4 * BLOCK  # numbers of the other types that are unpacked together
 OFFSETS = {"Q8_0": -128, "Q4_0": -8, "Q6_K": -32}  # of the unsigned integers; K-quants 4 and 5 have a minimum instead
 KINDS = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """16 rows of `step(kind)` weights: unsigned quads, float32 scales of `n_parts` equal parts of each `BLOCK`, and
-    what is added for each `BLOCK`, times the sum of the activations (minus the minimum), where a type has that."""
-
-    quads: list[Any] = field(default_factory=list)
-    scales: list[Any] = field(default_factory=list)
-    least: list[Any] = field(default_factory=list)
 
 
 def step(kind: str) -> int:
@@ -59,7 +48,7 @@ class ColumnUnpacker:
 
     def __init__(self, writer: Writer) -> None:
         self.w = writer
-        self._by_kind: dict[str, Callable[[Sequence[Any]], Columns]] = {
+        self._by_kind: dict[str, Callable[[], None]] = {
             "Q4_K": self._unpack_q4_k,
             "Q5_K": self._unpack_q5_k,
             "Q6_K": self._unpack_q6_k,
@@ -67,16 +56,25 @@ class ColumnUnpacker:
             "Q4_0": self._unpack_q4_0,
         }
 
-    def unpack(self, kind: str, rows: Sequence[Any]) -> Columns:
-        """`rows`: the address of the block in each row."""
-        return self._by_kind[kind](rows)
+    def unpack(self, kind: str, rows: Sequence[Any], keep: Callable[[int, Any], None]) -> None:
+        """`rows`: the address of the block in each row. `keep` is called with each column and its number as soon as
+        it is there, since 32 registers hold few: quads of unsigned integers, then float32 scales of `n_parts` equal
+        parts of each `BLOCK`, then what is added for each `BLOCK` times the sum of the activations, where a type has
+        that."""
+        self.rows, self.keep = rows, keep
+        self.n_quads, self.first_least = step(kind) // 4, step(kind) // 4 + step(kind) // BLOCK * n_parts(kind)
+        self._by_kind[kind]()
+
+    def _keep_all(self, first: int, columns: Iterable[Any]) -> None:
+        for i, column in enumerate(columns):
+            self.keep(first + i, column)
 
     # --- from memory ---
 
-    def _dwords(self, rows: Sequence[Any], at: int, n: int) -> list[Any]:
+    def _dwords(self, at: int, n: int) -> list[Any]:
         """4, 8 or 16 dwords of all rows, as columns."""
         kind = self.w.ir.VectorType(self.w.i32, n)
-        return self.w.transposed([self.w.load(row, self.w.integer(at), kind, 1) for row in rows])
+        return self.w.transposed([self.w.load(row, self.w.integer(at), kind, 1) for row in self.rows])
 
     def _half(self, column: Any, number: int) -> Any:
         """The lower (0) or upper (1) half of each dword, a half-precision number."""
@@ -110,77 +108,84 @@ class ColumnUnpacker:
 
     # --- types ---
 
-    def _with_minima(self, rows: Sequence[Any], quads: list[Any]) -> Columns:
+    def _unpack_scales(self) -> None:
         """Of Q4_K and Q5_K, whose blocks begin with the scale of scales, that of minima, and eight of both, with 6 bits
         each."""
         w, b = self.w, self.w.b
-        both, low, middle, high = self._dwords(rows, 0, 4)
+        both, low, middle, high = self._dwords(0, 4)
         scale, least = self._half(both, 0), b.fsub(w.all(-0.0), self._half(both, 1))
         scales = [self._bits(low, 0, 0x3F), b.or_(self._bits(high, 0, 0x0F), self._bits(low, -2, 0x30))]
         minima = [self._bits(middle, 0, 0x3F), b.or_(self._bits(high, -4, 0x0F), self._bits(middle, -2, 0x30))]
-        return Columns(
-            quads,
-            [b.fmul(self._byte(scales[i // 4], i % 4), scale) for i in range(SUPER // BLOCK)],
-            [b.fmul(self._byte(minima[i // 4], i % 4), least) for i in range(SUPER // BLOCK)],
-        )
+        for first, columns, factor in ((self.n_quads, scales, scale), (self.first_least, minima, least)):
+            for i in range(SUPER // BLOCK):
+                self.keep(first + i, b.fmul(self._byte(columns[i // 4], i % 4), factor))
 
-    def _unpack_q4_k(self, rows: Sequence[Any]) -> Columns:
-        packed = [*self._dwords(rows, 16, 16), *self._dwords(rows, 80, 16)]
-        quads = []
-        for i in range(0, len(packed), QUADS):  # low halves of 32 bytes are a block of 32 numbers, high ones the next
-            for left in (0, -4):
-                quads += [self._bits(each, left, 0x0F) for each in packed[i : i + QUADS]]
-        return self._with_minima(rows, quads)
+    def _unpack_q4_k(self) -> None:
+        """The low halves of 32 bytes are a block of 32 numbers, the high ones the next."""
+        self._unpack_scales()
+        for part in range(2):
+            packed = self._dwords(16 + 64 * part, 16)
+            for i, each in enumerate(packed):
+                for high in range(2):
+                    block = 4 * part + 2 * (i // QUADS) + high
+                    self.keep(QUADS * block + i % QUADS, self._bits(each, -4 * high, 0x0F))
 
-    def _unpack_q5_k(self, rows: Sequence[Any]) -> Columns:
+    def _unpack_q5_k(self) -> None:
         b = self.w.b
-        high = self._dwords(rows, 16, 8)  # bit i of a byte belongs to block i
-        packed = [*self._dwords(rows, 48, 16), *self._dwords(rows, 112, 16)]
-        quads = []
-        for i in range(SUPER // BLOCK):
-            some = packed[QUADS * (i // 2) : QUADS * (i // 2 + 1)]
-            for low, top in zip(some, high, strict=True):
-                quads.append(b.or_(self._bits(low, -4 * (i % 2), 0x0F), self._bits(top, 4 - i, 0x10)))
-        return self._with_minima(rows, quads)
+        self._unpack_scales()
+        top = self._dwords(16, 8)  # bit i of a byte belongs to block i
+        for pair in range(4):
+            packed = self._dwords(48 + 32 * pair, 8)
+            for i, (low, bits) in enumerate(zip(packed, top, strict=True)):
+                for block in (2 * pair, 2 * pair + 1):
+                    quad = b.or_(self._bits(low, -4 * (block % 2), 0x0F), self._bits(bits, 4 - block, 0x10))
+                    self.keep(QUADS * block + i, quad)
 
-    def _unpack_q6_k(self, rows: Sequence[Any]) -> Columns:
+    def _unpack_q6_k(self) -> None:
+        """Halves of 128 numbers: two low halves of bytes, then two high ones; pairs of bits likewise."""
         b = self.w.b
-        high = self._dwords(rows, 128, 16)
-        quads = []
-        for half in range(2):  # of 128 numbers: two low halves of bytes, then two high ones; pairs of bits likewise
-            low, top = self._dwords(rows, 64 * half, 16), high[QUADS * half : QUADS * (half + 1)]
-            for i in range(4):
-                some = low[QUADS * (i % 2) : QUADS * (i % 2 + 1)]
-                for each, bits in zip(some, top, strict=True):
-                    quads.append(b.or_(self._bits(each, -4 * (i // 2), 0x0F), self._bits(bits, 4 - 2 * i, 0x30)))
-        last = self._dwords(rows, 178, 8)  # 16 scales from the middle of a dword on, and theirs
+        for half in range(2):
+            top = self._dwords(128 + 32 * half, 8)
+            for i in range(2):
+                packed = self._dwords(64 * half + 32 * i, 8)
+                for j, (low, bits) in enumerate(zip(packed, top, strict=True)):
+                    for part in (i, i + 2):
+                        quad = b.or_(self._bits(low, -4 * (part // 2), 0x0F), self._bits(bits, 4 - 2 * part, 0x30))
+                        self.keep(QUADS * (4 * half + part) + j, quad)
+        last = self._dwords(178, 8)  # 16 scales from the middle of a dword on, and theirs
         fours, scale = self._joined(last[3:]), self._half(last[7], 1)
-        return Columns(quads, [b.fmul(self._byte(fours[i // 4], i % 4, signed=True), scale) for i in range(16)])
+        for i in range(16):
+            self.keep(self.n_quads + i, b.fmul(self._byte(fours[i // 4], i % 4, signed=True), scale))
 
-    def _unpack_q8_0(self, rows: Sequence[Any]) -> Columns:
+    def _unpack_q8_0(self) -> None:
         """A scale, and signed integers: 128 more makes them unsigned."""
-        w = self.w
-        sign = w.integers([-0x7F7F7F80] * LANES, w.i32)
-        loaded = [*self._dwords(rows, 0, 16), *self._dwords(rows, 64, 16), *self._dwords(rows, 120, 4)[2:]]
-        quads, scales = self._scales_and_quads(loaded, QUADS)
-        return Columns([w.b.xor(each, sign) for each in quads], scales)
+        sign = self.w.integers([-0x7F7F7F80] * LANES, self.w.i32)
 
-    def _unpack_q4_0(self, rows: Sequence[Any]) -> Columns:
+        def keep_quad(number: int, column: Any) -> None:
+            self.keep(number, self.w.b.xor(column, sign))
+
+        self._split(((0, 16), (64, 16), (128 - 8, 4)), QUADS, keep_quad)
+
+    def _unpack_q4_0(self) -> None:
         """A scale, and 16 bytes, whose low halves are the first 16 numbers of a block, 8 too large."""
-        loaded = [*self._dwords(rows, 0, 16), *self._dwords(rows, 56, 4)[2:]]
-        packed, scales = self._scales_and_quads(loaded, 4)
-        quads = []
-        for i in range(0, len(packed), 4):
-            for left in (0, -4):
-                quads += [self._bits(each, left, 0x0F) for each in packed[i : i + 4]]
-        return Columns(quads, scales)
 
-    def _scales_and_quads(self, loaded: Sequence[Any], n: int) -> tuple[list[Any], list[Any]]:
-        """Of blocks that begin with their scale, which takes half a dword, so that every other one begins in the middle
-        of one. `n`: dwords of a block beside the scale."""
-        quads, scales = [], []
-        for first in range(0, len(loaded), 2 * n + 1):
-            one, other = loaded[first : first + n + 1], loaded[first + n + 1 : first + 2 * n + 1]
-            quads += [*self._joined(one), *other]
-            scales += [self._half(one[0], 0), self._half(one[n], 1)]
-        return quads, scales
+        def keep_both(number: int, column: Any) -> None:
+            for high in range(2):
+                self.keep(QUADS * (number // 4) + 4 * high + number % 4, self._bits(column, -4 * high, 0x0F))
+
+        self._split(((0, 16), (64 - 8, 4)), 4, keep_both)
+
+    def _split(self, pieces: Sequence[tuple[int, int]], n: int, keep_dword: Callable[[int, Any], None]) -> None:
+        """Blocks of a scale, which takes half a dword, and `n` dwords, so that every other block begins in the middle
+        of one. `pieces`: where they are, and dwords; the last ends with two new ones."""
+        number, before = 0, None
+        for at, n_dwords in pieces:
+            for column in self._dwords(at, n_dwords)[2 if n_dwords == 4 else 0 :]:
+                pair, place = divmod(number, 2 * n + 1)
+                if place in (0, n):
+                    self.keep(self.n_quads + 2 * pair + (place == n), self._half(column, int(place == n)))
+                if 0 < place <= n:
+                    keep_dword(2 * n * pair + place - 1, self._joined([before, column])[0])
+                elif place:
+                    keep_dword(2 * n * pair + place - 1, column)
+                number, before = number + 1, column

@@ -15,6 +15,8 @@ are, whatever they hold, and for every number of threads.
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,11 +148,20 @@ class QuantizedProducts:
             start = b.gep(base, [b.mul(b.mul(half, w.integer(LANES)), self.row_bytes)])
             rows = [b.gep(start, [b.mul(self.row_bytes, w.integer(i))]) for i in range(LANES)]
             part = b.add(b.mul(number, w.integer(2)), half)
-            w.prefetch(b.gep(self.ahead, [b.mul(part, w.integer(LANES * n_bytes))]), LANES * n_bytes)
-            found = self.unpacker.unpack(self.kind, rows)
+            ahead = b.gep(self.ahead, [b.mul(part, w.integer(LANES * n_bytes))])
             to = b.gep(target, [b.mul(half, w.integer(REGISTER))])
-            for i, column in enumerate([*found.quads, *found.scales, *found.least]):
+
+            done = itertools.count()
+
+            def keep(i: int, column: Any) -> None:
                 w.store(column, to, w.integer(2 * REGISTER * i), REGISTER)
+                n = next(done)
+                lines, columns = -(-LANES * n_bytes // 64), n_columns(self.kind)
+                for line in range(n * lines // columns, (n + 1) * lines // columns):
+                    if os.environ.get("PFL") != "-1":
+                        w.prefetch(b.gep(ahead, [w.integer(64 * line)]), 64, int(os.environ.get("PFL", "3")))
+
+            self.unpacker.unpack(self.kind, rows, keep)
 
     def _block(self, slot: Any, block: Any) -> tuple[Any, Any, Any]:
         """Where the quads, the scales, and what is added are of a block of an unpacked step."""
@@ -178,8 +189,9 @@ class QuantizedProducts:
         with w.loop(zero, self.n_steps, per_chunk) as (first_step, _turn):
             n = self._least(b.sub(self.n_steps, first_step), per_chunk)
             with w.loop(zero, n, one) as (i, _turn):
-                self._unpack(first_output, b.add(first_step, i), i)
-            with w.loop(zero, n_tiles, one) as (tile, _turn):
+                if not os.environ.get('SKIPU'): self._unpack(first_output, b.add(first_step, i), i)
+            w.b.asm(w.ir.FunctionType(w.ir.VoidType(), [w.bytes]), '', 'r,~{memory}', [self.columns], side_effect=True)
+            with w.loop(zero, zero if os.environ.get('SKIPT') else n_tiles, one) as (tile, _turn):
                 first = b.add(b.mul(tile, size), self._least(tile, n_larger))
                 has_more = b.zext(b.icmp_signed("<", tile, n_larger), w.i64)
                 self._multiply_tile(b.add(size, has_more), b.add(start, first), first_step, n, self._sums_of(first))
@@ -239,28 +251,36 @@ class QuantizedProducts:
         """The sums of some rows, two vectors each, after a block. `numbers`, `about`: where each row's are."""
         w, b = self.w, self.w.b
         n = QUADS // n_parts(self.kind)
-        products: list[Any] = []
-        for part in range(n_parts(self.kind)):
+        n_parts_here = n_parts(self.kind)
+        found = [self._part(i, weights, numbers, about) for i in range(n_parts_here)]
+        least = weights.least(0) if has_least(self.kind) else None
+        after = []
+        for i, value in enumerate(before):
+            row, half = divmod(i, 2)
+            product = None
+            for part in range(n_parts_here):
+                number, scale = b.sitofp(found[part][i], w.vector), weights.scales(part)[half]
+                product = b.fmul(number, scale) if product is None else w.fma(number, scale, product)
+            value = w.fma(product, w.spread(w.load(about[row], w.integer(SCALE), w.f32)), value)
+            if least is not None:
+                value = w.fma(least[half], w.spread(w.load(about[row], w.integer(SUM), w.f32)), value)
+            after.append(value)
+        return after
+
+    def _part(self, part: int, weights: Weights, numbers: Sequence[Any], about: Sequence[Any]) -> list[Any]:
+        w = self.w
+        n = QUADS // n_parts(self.kind)
+        if self.kind in OFFSETS:
             found = [w.spread(w.load(each, w.integer(STARTS + 4 * part), w.i32)) for each in about for _ in range(2)]
-            for quad in range(n * part, n * (part + 1)):
-                of_weights = weights.quads(quad)
-                for r, at in enumerate(numbers):
-                    of_row = w.spread(w.load(at, w.integer(4 * quad), w.i32, 1))
-                    for half in range(2):
-                        found[2 * r + half] = w.fours_added(found[2 * r + half], of_weights[half], of_row)
-            scale = weights.scales(part)
-            values = [b.sitofp(each, w.vector) for each in found]
-            if part == 0:
-                products = [b.fmul(value, scale[i % 2]) for i, value in enumerate(values)]
-            else:
-                products = [w.fma(value, scale[i % 2], products[i]) for i, value in enumerate(values)]
-        of_rows = [w.spread(w.load(each, w.integer(SCALE), w.f32)) for each in about]
-        added = [w.fma(product, of_rows[i // 2], before[i]) for i, product in enumerate(products)]
-        if has_least(self.kind):
-            least = weights.least(0)
-            totals = [w.spread(w.load(each, w.integer(SUM), w.f32)) for each in about]
-            added = [w.fma(least[i % 2], totals[i // 2], each) for i, each in enumerate(added)]
-        return added
+        else:
+            found = [w.integers([0] * LANES, w.i32)] * (2 * len(about))
+        for quad in range(n * part, n * (part + 1)):
+            of_weights = weights.quads(quad)
+            for r, at in enumerate(numbers):
+                of_row = w.spread(w.load(at, w.integer(4 * quad), w.i32, 1))
+                for half in range(2):
+                    found[2 * r + half] = w.fours_added(found[2 * r + half], of_weights[half], of_row)
+        return found
 
     def _give(self, row: Any, first_output: Any, sums: Any) -> None:
         """Stores the products of an activation row with `OUTPUTS` rows of weights."""
