@@ -156,10 +156,29 @@ class QuantizedProducts:
             def keep(i: int, column: Any) -> None:
                 w.store(column, to, w.integer(2 * REGISTER * i), REGISTER)
                 n = next(done)
+                K = int(os.environ.get("NEAR", "0"))
+                if K:
+                    if n == 0:
+                        pos = b.add(number, w.integer(K))
+                        wraps = b.icmp_signed(">=", pos, self.n_steps)
+                        pos2 = b.select(wraps, b.sub(pos, self.n_steps), pos)
+                        base2 = b.select(wraps, self.ahead, w.at(self.weights, (1, first_output)))
+                        self.near = b.gep(base2, [b.add(b.mul(pos2, w.integer(n_bytes)), b.mul(b.mul(half, w.integer(LANES)), self.row_bytes))])
+                    per = -(-n_bytes // 64) + (1 if os.environ.get("NEARX") else 0)
+                    lines, columns = per * LANES, n_columns(self.kind)
+                    for line in range(n * lines // columns, (n + 1) * lines // columns):
+                        r, l = divmod(line, per)
+                        w.prefetch(b.gep(self.near, [b.add(b.mul(self.row_bytes, w.integer(r)), w.integer(min(64 * l, n_bytes - 1)))]), 64, int(os.environ.get("PFL", "3")))
+                    return
                 lines, columns = -(-LANES * n_bytes // 64), n_columns(self.kind)
                 for line in range(n * lines // columns, (n + 1) * lines // columns):
-                    if os.environ.get("PFL") != "-1":
-                        w.prefetch(b.gep(ahead, [w.integer(64 * line)]), 64, int(os.environ.get("PFL", "3")))
+                    E = os.environ.get
+                    D = int(E("PFD", "0"))
+                    if E("PFL") != "-1":
+                        w.prefetch(b.gep(ahead, [w.integer(64 * line + D)]), 64, int(E("PFL", "3")))
+                    if E("TOUCH"):
+                        touched = w.load(ahead, w.integer(64 * line), w.i64, 1)
+                        b.asm(w.ir.FunctionType(w.ir.VoidType(), [w.i64]), "", "r,~{memory}", [touched], side_effect=True)
 
             self.unpacker.unpack(self.kind, rows, keep)
 
