@@ -39,12 +39,13 @@ from granite4v.ggml.compiled.writer import LANES, Writer
 __all__ = ["KINDS", "OUTPUTS", "QuantizedProducts"]
 
 REGISTER = 4 * LANES  # bytes
-OUTPUTS = 2 * LANES  # rows of weights that are unpacked together
-ROWS = 5  # of a tile: with more, LLVM keeps sums in memory
-CHUNK = 512  # weights of a row that are unpacked at once, and stay in the first cache of a core
+W = int(os.environ.get('W', '1'))
+OUTPUTS = W * LANES  # rows of weights that are unpacked together
+ROWS = int(os.environ.get('ROWS', '8'))  # of a tile: with more, LLVM keeps sums in memory
+CHUNK = int(os.environ.get('CHUNK', '512'))  # weights of a row that are unpacked at once, and stay in the first cache of a core
 CACHED = 512 << 10  # bytes of rows as integers that stay in the second one while all weights pass
 LOW_ROWS, TOP_ROWS = 8 * ROWS, 64 * ROWS  # that are taken at once
-SHARES = 4  # of each thread, at least, where there is work enough
+SHARES = int(os.environ.get('SHARES', '8'))  # of each thread, at least, where there is work enough
 # What is kept of a block of a row next to its integers: its scale, its sum, and the sums of its parts times the offset
 # of the weights.
 SCALE, SUM, STARTS, ABOUT = 0, 4, 8, 16
@@ -68,7 +69,7 @@ class QuantizedProducts:
     def write(self, kind: str) -> Any:
         """void (*ggml_custom_op_t)(struct ggml_tensor * dst, int ith, int nth, void * userdata)"""
         w = self.w
-        self.kind, self.step_size = kind, n_columns(kind) * 2 * REGISTER
+        self.kind, self.step_size = kind, n_columns(kind) * W * REGISTER
         function = w.begin(f"multiply_{kind}", w.ir.VoidType(), w.bytes, w.i32, w.i32, w.bytes)
         self.target, ith, nth, _ = function.args
         b = w.b
@@ -78,7 +79,7 @@ class QuantizedProducts:
         self.row_bytes = w.field(self.weights, "nb", 1)
         ith, nth = b.sext(ith, w.i64), b.sext(nth, w.i64)
         self.columns = w.on_stack(CHUNK // step(kind) * self.step_size)
-        self.sums = w.on_stack(TOP_ROWS * 2 * REGISTER)
+        self.sums = w.on_stack(TOP_ROWS * W * REGISTER)
         n_integers = b.mul(n_rows, n_in)
         meeting = Meeting(w, self.target, ith, nth)
         self.integers = meeting.room(b.add(n_integers, b.mul(b.mul(n_rows, self.n_blocks), w.integer(ABOUT))))
@@ -89,21 +90,31 @@ class QuantizedProducts:
         self.groups = b.sdiv(b.add(self.n_out, w.integer(OUTPUTS - 1)), w.integer(OUTPUTS))
         at_once = self._rows_at_once(n_in, n_rows, nth)
         n_passes = b.sdiv(b.add(n_rows, b.sub(at_once, w.integer(1))), at_once)
-        with meeting.shares(b.mul(self.groups, n_passes)) as (share, following):
-            start = b.mul(b.sdiv(share, self.groups), at_once)
-            self.ahead = self._weights_of(following)
-            self._multiply(self._first_output(share), start, self._least(b.sub(n_rows, start), at_once))
+        n_runs = self._least(self.groups, b.mul(nth, w.integer(SHARES)))
+
+        def first_group(share: Any) -> Any:
+            return b.sdiv(b.mul(self.groups, b.srem(share, n_runs)), n_runs)
+
+        with meeting.shares(b.mul(n_runs, n_passes)) as (share, following):
+            run = b.srem(share, n_runs)
+            start = b.mul(b.sdiv(share, n_runs), at_once)
+            n = self._least(b.sub(n_rows, start), at_once)
+            end = b.sdiv(b.mul(self.groups, b.add(run, w.integer(1))), n_runs)
+            with w.loop(first_group(share), end, w.integer(1)) as (group, _turn):
+                after = b.add(group, w.integer(1))
+                after = b.select(b.icmp_signed("<", after, end), after, first_group(following))
+                self.ahead = self._weights_of(after)
+                self._multiply(self._first_output(group), start, n)
         meeting.leave()
         w.b.ret_void()
         return function
 
-    def _weights_of(self, share: Any) -> Any:
-        return self.w.at(self.weights, (1, self._first_output(share)))
+    def _weights_of(self, group: Any) -> Any:
+        return self.w.at(self.weights, (1, self._first_output(group)))
 
-    def _first_output(self, share: Any) -> Any:
+    def _first_output(self, group: Any) -> Any:
         """The first row of weights of a share; the last ones begin earlier where they would not be complete."""
         w, b = self.w, self.w.b
-        group = b.srem(share, self.groups)
         return self._least(b.mul(group, w.integer(OUTPUTS)), b.sub(self.n_out, w.integer(OUTPUTS)))
 
     def _least(self, x: Any, y: Any) -> Any:
@@ -144,17 +155,17 @@ class QuantizedProducts:
         n_bytes = step_bytes(self.kind)
         base = b.gep(w.at(self.weights, (1, first_output)), [b.mul(number, w.integer(n_bytes))])
         target = b.gep(self.columns, [b.mul(slot, w.integer(self.step_size))])
-        with w.loop(w.integer(0), w.integer(2), w.integer(1)) as (half, _turn):
+        with w.loop(w.integer(0), w.integer(W), w.integer(1)) as (half, _turn):
             start = b.gep(base, [b.mul(b.mul(half, w.integer(LANES)), self.row_bytes)])
             rows = [b.gep(start, [b.mul(self.row_bytes, w.integer(i))]) for i in range(LANES)]
-            part = b.add(b.mul(number, w.integer(2)), half)
+            part = b.add(b.mul(number, w.integer(W)), half)
             ahead = b.gep(self.ahead, [b.mul(part, w.integer(LANES * n_bytes))])
             to = b.gep(target, [b.mul(half, w.integer(REGISTER))])
 
             done = itertools.count()
 
             def keep(i: int, column: Any) -> None:
-                w.store(column, to, w.integer(2 * REGISTER * i), REGISTER)
+                w.store(column, to, w.integer(W * REGISTER * i), REGISTER)
                 n = next(done)
                 K = int(os.environ.get("NEAR", "0"))
                 if K:
@@ -189,7 +200,7 @@ class QuantizedProducts:
         start = b.gep(self.columns, [b.mul(slot, w.integer(self.step_size))])
 
         def place(first: int, n: int) -> Any:
-            return b.gep(start, [b.add(b.mul(block, w.integer(n * 2 * REGISTER)), w.integer(first * 2 * REGISTER))])
+            return b.gep(start, [b.add(b.mul(block, w.integer(n * W * REGISTER)), w.integer(first * W * REGISTER))])
 
         return place(0, QUADS), place(n_quads, n_parts(self.kind)), place(n_quads + n_scales, 1)
 
@@ -203,7 +214,7 @@ class QuantizedProducts:
         size = b.sdiv(n_rows, n_tiles)
         n_larger = b.sub(n_rows, b.mul(size, n_tiles))  # of one row more
         with w.loop(zero, n_rows, one) as (row, _turn):
-            for half in range(2):
+            for half in range(W):
                 w.store(w.all(0.0), self._sums_of(row), w.integer(REGISTER * half), REGISTER)
         with w.loop(zero, self.n_steps, per_chunk) as (first_step, _turn):
             n = self._least(b.sub(self.n_steps, first_step), per_chunk)
@@ -218,7 +229,7 @@ class QuantizedProducts:
             self._give(b.add(start, row), first_output, self._sums_of(row))
 
     def _sums_of(self, row: Any) -> Any:
-        return self.w.b.gep(self.sums, [self.w.b.mul(row, self.w.integer(2 * REGISTER))])
+        return self.w.b.gep(self.sums, [self.w.b.mul(row, self.w.integer(W * REGISTER))])
 
     def _multiply_tile(self, n_rows: Any, first: Any, first_step: Any, n_steps: Any, sums_at: Any) -> None:
         """A chunk of `OUTPUTS` rows of weights with up to `ROWS` activation rows."""
@@ -241,7 +252,7 @@ class QuantizedProducts:
         places = [b.add(b.mul(b.add(first, w.integer(r)), self.n_blocks), begin) for r in range(n_rows)]
         rows = [b.gep(self.integers, [b.mul(place, w.integer(BLOCK))]) for place in places]
         abouts = [b.gep(self.about, [b.mul(place, w.integer(ABOUT))]) for place in places]
-        before = [w.load(sums_at, w.integer(REGISTER * i), w.vector, REGISTER) for i in range(2 * n_rows)]
+        before = [w.load(sums_at, w.integer(REGISTER * i), w.vector, REGISTER) for i in range(W * n_rows)]
         with w.loop(zero, n_steps, one, before) as (i, sums):
             with w.loop(zero, n_blocks, one, sums) as (j, added):
                 block = b.add(b.mul(i, n_blocks), j)
@@ -259,7 +270,7 @@ class QuantizedProducts:
 
         def both(columns: Any, kind: Any) -> Callable[[int], list[Any]]:
             return lambda i: [
-                self.w.load(columns, self.w.integer(REGISTER * (2 * i + half)), kind, REGISTER) for half in range(2)
+                self.w.load(columns, self.w.integer(REGISTER * (W * i + half)), kind, REGISTER) for half in range(W)
             ]
 
         return Weights(both(quads, self.w.whole), both(scales, self.w.vector), both(least, self.w.vector))
@@ -275,7 +286,7 @@ class QuantizedProducts:
         least = weights.least(0) if has_least(self.kind) else None
         after = []
         for i, value in enumerate(before):
-            row, half = divmod(i, 2)
+            row, half = divmod(i, W)
             product = None
             for part in range(n_parts_here):
                 number, scale = b.sitofp(found[part][i], w.vector), weights.scales(part)[half]
@@ -290,20 +301,20 @@ class QuantizedProducts:
         w = self.w
         n = QUADS // n_parts(self.kind)
         if self.kind in OFFSETS:
-            found = [w.spread(w.load(each, w.integer(STARTS + 4 * part), w.i32)) for each in about for _ in range(2)]
+            found = [w.spread(w.load(each, w.integer(STARTS + 4 * part), w.i32)) for each in about for _ in range(W)]
         else:
-            found = [w.integers([0] * LANES, w.i32)] * (2 * len(about))
+            found = [w.integers([0] * LANES, w.i32)] * (W * len(about))
         for quad in range(n * part, n * (part + 1)):
             of_weights = weights.quads(quad)
             for r, at in enumerate(numbers):
                 of_row = w.spread(w.load(at, w.integer(4 * quad), w.i32, 1))
-                for half in range(2):
-                    found[2 * r + half] = w.fours_added(found[2 * r + half], of_weights[half], of_row)
+                for half in range(W):
+                    found[W * r + half] = w.fours_added(found[W * r + half], of_weights[half], of_row)
         return found
 
     def _give(self, row: Any, first_output: Any, sums: Any) -> None:
         """Stores the products of an activation row with `OUTPUTS` rows of weights."""
         w, b = self.w, self.w.b
         out = b.gep(w.at(self.target, (1, row)), [b.mul(first_output, w.integer(4))])
-        for half in range(2):
+        for half in range(W):
             w.store(w.load(sums, w.integer(REGISTER * half), w.vector, REGISTER), out, w.integer(REGISTER * half))
