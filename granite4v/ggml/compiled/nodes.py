@@ -27,7 +27,7 @@ from granite4v.ggml.compiled.float_products import FloatProducts
 from granite4v.ggml.compiled.meeting import STATE
 from granite4v.ggml.compiled.products import KINDS, MOST_FLOAT_ROWS
 from granite4v.ggml.compiled.prompt_attention import PromptAttention
-from granite4v.ggml.compiled.quantized_products import OUTPUTS, QuantizedProducts
+from granite4v.ggml.compiled.quantized_products import LEAST_OUTPUTS, QuantizedProducts
 from granite4v.ggml.compiled.rotary import Rotary
 from granite4v.ggml.compiled.writer import SCALE_PLACE, Writer, compiled, llvm, version
 from granite4v.ggml.declarations import ALL_THREADS, TensorStruct
@@ -277,7 +277,7 @@ class _Callback:
         require(equal(w.field(node, "nb", 0), 4))
         if kind in products.QUANTIZED:
             require(equal(w.field(x, "ne", 2), 1))
-            require(b.icmp_signed(">=", w.field(weights, "ne", 1), w.integer(OUTPUTS)))
+            require(b.icmp_signed(">=", w.field(weights, "ne", 1), w.integer(LEAST_OUTPUTS)))
         else:
             require(b.icmp_signed("<=", w.field(x, "ne", 1), w.integer(MOST_FLOAT_ROWS)))
 

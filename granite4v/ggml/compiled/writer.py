@@ -200,6 +200,10 @@ class Writer:
             vector = self.larger(vector, self.picked(vector, [lane ^ distance for lane in range(LANES)]))
         return self.b.extract_element(vector, self.integer(0, self.i32))
 
+    def least(self, a: Any, b: Any) -> Any:
+        """Of whole numbers."""
+        return self.b.select(self.b.icmp_signed("<", a, b), a, b)
+
     def total(self, vector: Any) -> Any:
         function = self.declare("llvm.vector.reduce.fadd.v16f32", self.f32, self.f32, self.vector)
         return self.b.call(function, [self.number(-0.0), vector], fastmath=("reassoc",))
