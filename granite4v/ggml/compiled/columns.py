@@ -7,7 +7,7 @@ two quads. Block layouts: ggml-common.h and ggml-quants.c of ggml 0.25.3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from granite4v.ggml.compiled.writer import LANES, Writer
@@ -43,6 +43,11 @@ def n_columns(kind: str) -> int:
     return step(kind) // 4 + step(kind) // BLOCK * (n_parts(kind) + has_least(kind))
 
 
+def places(kind: str) -> list[int]:
+    """Which block of a step is the i-th that is unpacked."""
+    return [0, 2, 1, 3, 4, 6, 5, 7] if kind == "Q6_K" else list(range(step(kind) // BLOCK))
+
+
 class ColumnUnpacker:
     """Writes the instructions that unpack `step(kind)` weights of 16 rows."""
 
@@ -64,10 +69,6 @@ class ColumnUnpacker:
         self.rows, self.keep = rows, keep
         self.n_quads, self.first_least = step(kind) // 4, step(kind) // 4 + step(kind) // BLOCK * n_parts(kind)
         self._by_kind[kind]()
-
-    def _keep_all(self, first: int, columns: Iterable[Any]) -> None:
-        for i, column in enumerate(columns):
-            self.keep(first + i, column)
 
     # --- from memory ---
 
@@ -108,84 +109,90 @@ class ColumnUnpacker:
 
     # --- types ---
 
-    def _unpack_scales(self) -> None:
+    def _read_scales(self) -> Callable[[int], None]:
         """Of Q4_K and Q5_K, whose blocks begin with the scale of scales, that of minima, and eight of both, with 6 bits
-        each."""
+        each. Gives a function that keeps those of one block."""
         w, b = self.w, self.w.b
         both, low, middle, high = self._dwords(0, 4)
         scale, least = self._half(both, 0), b.fsub(w.all(-0.0), self._half(both, 1))
         scales = [self._bits(low, 0, 0x3F), b.or_(self._bits(high, 0, 0x0F), self._bits(low, -2, 0x30))]
         minima = [self._bits(middle, 0, 0x3F), b.or_(self._bits(high, -4, 0x0F), self._bits(middle, -2, 0x30))]
-        for first, columns, factor in ((self.n_quads, scales, scale), (self.first_least, minima, least)):
-            for i in range(SUPER // BLOCK):
-                self.keep(first + i, b.fmul(self._byte(columns[i // 4], i % 4), factor))
+
+        def keep(i: int) -> None:
+            self.keep(self.n_quads + i, b.fmul(self._byte(scales[i // 4], i % 4), scale))
+            self.keep(self.first_least + i, b.fmul(self._byte(minima[i // 4], i % 4), least))
+
+        return keep
 
     def _unpack_q4_k(self) -> None:
         """The low halves of 32 bytes are a block of 32 numbers, the high ones the next."""
-        self._unpack_scales()
-        for part in range(2):
-            packed = self._dwords(16 + 64 * part, 16)
-            for i, each in enumerate(packed):
-                for high in range(2):
-                    block = 4 * part + 2 * (i // QUADS) + high
-                    self.keep(QUADS * block + i % QUADS, self._bits(each, -4 * high, 0x0F))
+        keep_scales = self._read_scales()
+        for pair in range(4):
+            if pair % 2 == 0:
+                packed = self._dwords(16 + 32 * pair, 16)
+            for high in range(2):
+                for i, each in enumerate(packed[QUADS * (pair % 2) :][:QUADS]):
+                    self.keep(QUADS * (2 * pair + high) + i, self._bits(each, -4 * high, 0x0F))
+                keep_scales(2 * pair + high)
 
     def _unpack_q5_k(self) -> None:
         b = self.w.b
-        self._unpack_scales()
+        keep_scales = self._read_scales()
         top = self._dwords(16, 8)  # bit i of a byte belongs to block i
-        for pair in range(4):
-            packed = self._dwords(48 + 32 * pair, 8)
+        for block in range(8):
+            if block % 2 == 0:
+                packed = self._dwords(48 + 16 * block, 8)
             for i, (low, bits) in enumerate(zip(packed, top, strict=True)):
-                for block in (2 * pair, 2 * pair + 1):
-                    quad = b.or_(self._bits(low, -4 * (block % 2), 0x0F), self._bits(bits, 4 - block, 0x10))
-                    self.keep(QUADS * block + i, quad)
+                quad = b.or_(self._bits(low, -4 * (block % 2), 0x0F), self._bits(bits, 4 - block, 0x10))
+                self.keep(QUADS * block + i, quad)
+            keep_scales(block)
 
     def _unpack_q6_k(self) -> None:
         """Halves of 128 numbers: two low halves of bytes, then two high ones; pairs of bits likewise."""
         b = self.w.b
-        for half in range(2):
-            top = self._dwords(128 + 32 * half, 8)
-            for i in range(2):
-                packed = self._dwords(64 * half + 32 * i, 8)
-                for j, (low, bits) in enumerate(zip(packed, top, strict=True)):
-                    for part in (i, i + 2):
-                        quad = b.or_(self._bits(low, -4 * (part // 2), 0x0F), self._bits(bits, 4 - 2 * part, 0x30))
-                        self.keep(QUADS * (4 * half + part) + j, quad)
         last = self._dwords(178, 8)  # 16 scales from the middle of a dword on, and theirs
         fours, scale = self._joined(last[3:]), self._half(last[7], 1)
-        for i in range(16):
-            self.keep(self.n_quads + i, b.fmul(self._byte(fours[i // 4], i % 4, signed=True), scale))
+        for block in range(8):  # in the order of `places`
+            half, part = divmod(places("Q6_K")[block], 4)
+            if block % 4 == 0:
+                top = self._dwords(128 + 32 * half, 8)
+            if block % 2 == 0:
+                packed = self._dwords(64 * half + 32 * (part % 2), 8)
+            for i, (low, bits) in enumerate(zip(packed, top, strict=True)):
+                quad = b.or_(self._bits(low, -4 * (part // 2), 0x0F), self._bits(bits, 4 - 2 * part, 0x30))
+                self.keep(QUADS * block + i, quad)
+            for i in range(2):
+                number = 2 * places("Q6_K")[block] + i
+                factor = b.fmul(self._byte(fours[number // 4], number % 4, signed=True), scale)
+                self.keep(self.n_quads + 2 * block + i, factor)
 
     def _unpack_q8_0(self) -> None:
         """A scale, and signed integers: 128 more makes them unsigned."""
         sign = self.w.integers([-0x7F7F7F80] * LANES, self.w.i32)
-
-        def keep_quad(number: int, column: Any) -> None:
-            self.keep(number, self.w.b.xor(column, sign))
-
-        self._split(((0, 16), (64, 16), (128 - 8, 4)), QUADS, keep_quad)
+        for block, dwords in self._split(((0, 16), (64, 16), (128 - 8, 4)), QUADS):
+            for i, column in enumerate(dwords):
+                self.keep(QUADS * block + i, self.w.b.xor(column, sign))
+            self.keep(self.n_quads + block, self.scale)
 
     def _unpack_q4_0(self) -> None:
         """A scale, and 16 bytes, whose low halves are the first 16 numbers of a block, 8 too large."""
-
-        def keep_both(number: int, column: Any) -> None:
+        for block, dwords in self._split(((0, 16), (64 - 8, 4)), 4):
             for high in range(2):
-                self.keep(QUADS * (number // 4) + 4 * high + number % 4, self._bits(column, -4 * high, 0x0F))
+                for i, column in enumerate(dwords):
+                    self.keep(QUADS * block + 4 * high + i, self._bits(column, -4 * high, 0x0F))
+            self.keep(self.n_quads + block, self.scale)
 
-        self._split(((0, 16), (64 - 8, 4)), 4, keep_both)
-
-    def _split(self, pieces: Sequence[tuple[int, int]], n: int, keep_dword: Callable[[int, Any], None]) -> None:
+    def _split(self, pieces: Sequence[tuple[int, int]], n: int) -> Iterator[tuple[int, list[Any]]]:
         """Blocks of a scale, which takes half a dword, and `n` dwords, so that every other block begins in the middle
         of one. `pieces`: where they are, and dwords; the last ends with two new ones."""
-        number, before = 0, None
-        for at, n_dwords in pieces:
-            for column in self._dwords(at, n_dwords)[2 if n_dwords == 4 else 0 :]:
-                pair, place = divmod(number, 2 * n + 1)
-                if place in (0, n):
-                    self.keep(self.n_quads + 2 * pair + (place == n), self._half(column, int(place == n)))
-                if 0 < place <= n:
-                    keep_dword(2 * n * pair + place - 1, self._joined([before, column])[0])
-                elif place:
-                    keep_dword(2 * n * pair + place - 1, column)
-                number, before = number + 1, column
+        columns: list[Any] = []
+        left = iter(pieces)
+        for block in range(4):
+            pair, is_odd = divmod(block, 2)
+            first = (2 * n + 1) * pair + n * is_odd  # the dword with the scale
+            while len(columns) < first + n + 1:
+                at, n_dwords = next(left)
+                columns += self._dwords(at, n_dwords)[2 if n_dwords == 4 else 0 :]
+            some = columns[first : first + n + 1]
+            self.scale = self._half(some[0], is_odd)
+            yield block, some[1:] if is_odd else self._joined(some)

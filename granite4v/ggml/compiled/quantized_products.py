@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from granite4v.ggml.compiled.column_tiles import ABOUT, RECORD, REGISTER, SCALE, STARTS, SUM, Call, Tiles
-from granite4v.ggml.compiled.columns import BLOCK, KINDS, OFFSETS, n_parts, step
+from granite4v.ggml.compiled.column_tiles import ABOUT, RECORD, REGISTER, SCALE, STARTS, SUM, Call, Direct, Tiles
+from granite4v.ggml.compiled.columns import BLOCK, KINDS, OFFSETS, n_parts, places, step
 from granite4v.ggml.compiled.meeting import Meeting
 from granite4v.ggml.compiled.writer import LANES, Writer
 
@@ -65,7 +65,7 @@ class QuantizedProducts:
         meeting.wait_for_all()
         with b.if_else(b.icmp_signed("<", n_rows, w.integer(LEAST_MANY))) as (are_few, are_many):
             with are_few:
-                self._share(meeting, Tiles(w, kind, self.call, 1, LEAST_MANY - 1), n_rows, nth)
+                self._share(meeting, Direct(w, kind, self.call, 1, LEAST_MANY - 1), n_rows, nth)
             with are_many:
                 self._share(meeting, Tiles(w, kind, self.call, int(E("W", "2")), int(E("ROWS", "5"))), n_rows, nth)
         meeting.leave()
@@ -112,13 +112,18 @@ class QuantizedProducts:
             has_odd = b.icmp_signed("<", b.add(even, one), self.call.n_steps)
             odd = b.select(has_odd, b.add(even, one), even)
             with w.loop(w.integer(0), n_blocks, one) as (i, _turn):
-                places = [b.mul(b.add(b.mul(number, n_blocks), i), n_bytes) for number in (even, odd)]
+                starts = [b.mul(b.add(b.mul(number, n_blocks), i), n_bytes) for number in (even, odd)]
                 blocks = [
-                    [w.load(source, b.add(place, w.integer(REGISTER * half)), w.vector) for half in range(2)]
-                    for place in places
+                    [w.load(source, b.add(start, w.integer(REGISTER * half)), w.vector) for half in range(2)]
+                    for start in starts
                 ]
                 blocks[1] = [b.select(has_odd, value, w.all(0.0)) for value in blocks[1]]
-                record = b.mul(b.add(b.mul(pair, n_blocks), i), w.integer(RECORD))
+                place = i
+                if places(self.kind) != sorted(places(self.kind)):  # swaps the two lower bits
+                    low, high = (b.and_(i, w.integer(bit)) for bit in (1, 2))
+                    rest = b.and_(i, w.integer(-4))
+                    place = b.or_(rest, b.or_(b.shl(low, w.integer(1)), b.lshr(high, w.integer(1))))
+                record = b.mul(b.add(b.mul(pair, n_blocks), place), w.integer(RECORD))
                 self._write_record(b.gep(target, [record]), blocks)
 
     def _write_record(self, record: Any, blocks: list[list[Any]]) -> None:
