@@ -86,8 +86,13 @@ class Group:
         """Some lines of the next weights, which are as many as these, after each column."""
         n_lines = -(-LANES * step_bytes(self.kind) // LINE)
         first, end = (n * n_lines // n_columns(self.kind) for n in (n_done - 1, n_done))
+        w, b = self.w, self.w.b
         for line in range(first, end):
-            self.w.prefetch(self.w.b.gep(start, [self.w.integer(LINE * line + int(E("PFD", "0")))]), LINE, int(E("PFL", "3")))
+            for d in E("PFD", "0+4096+8192").split("+"):
+                w.prefetch(b.gep(start, [w.integer(LINE * line + int(d))]), LINE, int(E("PFL", "3")))
+            if E("TOUCH"):
+                touched = w.load(start, w.integer(LINE * line + int(E("TOUCH"))), w.i64, 1)
+                b.asm(w.ir.FunctionType(w.ir.VoidType(), [w.i64]), "", "r,~{memory}", [touched], side_effect=True)
 
     # --- products ---
 
