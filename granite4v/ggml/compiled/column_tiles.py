@@ -31,7 +31,7 @@ E = os.environ.get
 REGISTER = 4 * LANES  # bytes
 LINE = 64  # bytes
 OF_REGISTER = LANES // 2  # rows of weights
-CHUNK = int(E("CHUNK", "1024"))  # weights of a row that are unpacked at once, and stay in the first cache
+CHUNK = int(E("CHUNK", "512"))  # weights of a row that are unpacked at once, and stay in the first cache
 # A record of an activation row, for two blocks: quads of integers by turns, and two each of: the scale, the sum, and
 # the sums of the parts of the block times the offset of the weights.
 ABOUT = 2 * BLOCK
@@ -225,8 +225,9 @@ class Tiles(Group):
         with w.loop(zero, self.call.n_pairs, w.integer(self.per_chunk)) as (first_pair, _turn):
             n_pairs = w.least(b.sub(self.call.n_pairs, first_pair), w.integer(self.per_chunk))
             with w.loop(zero, n_pairs, one) as (i, _turn):
-                self._unpack_pair(weights, ahead, b.add(first_pair, i), i)
-            with w.loop(zero, n_tiles, one) as (tile, _turn):
+                if not E('SKIPU'): self._unpack_pair(weights, ahead, b.add(first_pair, i), i)
+            w.b.asm(w.ir.FunctionType(w.ir.VoidType(), [w.bytes]), '', 'r,~{memory}', [self.columns], side_effect=True)
+            with w.loop(zero, zero if E('SKIPT') else n_tiles, one) as (tile, _turn):
                 first = b.add(b.mul(tile, size), w.least(tile, n_larger))
                 n = b.add(size, b.zext(b.icmp_signed("<", tile, n_larger), w.i64))
                 self._multiply_tile(n, b.add(first_row, first), first_pair, n_pairs, self._sums_of(first))

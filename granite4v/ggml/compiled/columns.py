@@ -18,6 +18,7 @@ QUADS = BLOCK // 4
 SUPER = 256  # numbers in a block of K-quants
 FOURS = 4 * BLOCK  # numbers of the other types that are unpacked together
 OFFSETS = {"Q8_0": -128, "Q4_0": -8, "Q6_K": -32}  # of the unsigned integers; K-quants 4 and 5 have a minimum instead
+POWER_BITS = 0x4B000000  # of 2**23 as float32
 KINDS = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0")
 
 
@@ -98,41 +99,48 @@ class ColumnUnpacker:
             column = b.shl(column, by) if left > 0 else b.lshr(column, by)
         return column if mask == 0xFF else b.and_(column, w.integers([mask * 0x01010101] * LANES, w.i32))
 
-    def _byte(self, column: Any, number: int, *, signed: bool = False) -> Any:
-        """A byte of each dword, as float32."""
+    def _byte(self, column: Any, number: int) -> Any:
+        """A signed byte of each dword, as float32."""
         w, b = self.w, self.w.b
-        if signed:
-            moved = b.shl(column, w.integers([24 - 8 * number] * LANES, w.i32))
-            return b.sitofp(b.ashr(moved, w.integers([24] * LANES, w.i32)), w.vector)
-        moved = b.lshr(column, w.integers([8 * number] * LANES, w.i32))
-        return b.sitofp(b.and_(moved, w.integers([0xFF] * LANES, w.i32)), w.vector)
+        moved = b.shl(column, w.integers([24 - 8 * number] * LANES, w.i32))
+        return b.sitofp(b.ashr(moved, w.integers([24] * LANES, w.i32)), w.vector)
+
+    def _byte_times(self, column: Any, number: int, factor: Any) -> Any:
+        """An unsigned byte of each dword times a number, rounded once: as the last bits of 2**23 a byte is float32."""
+        w, b = self.w, self.w.b
+        moved = b.lshr(column, w.integers([8 * number] * LANES, w.i32)) if number else column
+        masked = b.and_(moved, w.integers([0xFF] * LANES, w.i32))
+        with_power = b.bitcast(b.or_(masked, w.integers([POWER_BITS] * LANES, w.i32)), w.vector)
+        return w.fma(with_power, factor, b.fmul(factor, w.all(-float(2**23))))
 
     # --- types ---
 
-    def _read_scales(self) -> Callable[[int], None]:
+    def _read_scales(self, of_odd: float = 1.0) -> Callable[[int], None]:
         """Of Q4_K and Q5_K, whose blocks begin with the scale of scales, that of minima, and eight of both, with 6 bits
-        each. Gives a function that keeps those of one block."""
+        each. Gives a function that keeps those of one block. `of_odd`: what scales of odd blocks are multiplied by."""
         w, b = self.w, self.w.b
         both, low, middle, high = self._dwords(0, 4)
         scale, least = self._half(both, 0), b.fsub(w.all(-0.0), self._half(both, 1))
+        by_turns = scale, scale if of_odd == 1.0 else b.fmul(scale, w.all(of_odd))
         scales = [self._bits(low, 0, 0x3F), b.or_(self._bits(high, 0, 0x0F), self._bits(low, -2, 0x30))]
         minima = [self._bits(middle, 0, 0x3F), b.or_(self._bits(high, -4, 0x0F), self._bits(middle, -2, 0x30))]
 
         def keep(i: int) -> None:
-            self.keep(self.n_quads + i, b.fmul(self._byte(scales[i // 4], i % 4), scale))
-            self.keep(self.first_least + i, b.fmul(self._byte(minima[i // 4], i % 4), least))
+            self.keep(self.n_quads + i, self._byte_times(scales[i // 4], i % 4, by_turns[i % 2]))
+            self.keep(self.first_least + i, self._byte_times(minima[i // 4], i % 4, least))
 
         return keep
 
     def _unpack_q4_k(self) -> None:
-        """The low halves of 32 bytes are a block of 32 numbers, the high ones the next."""
-        keep_scales = self._read_scales()
+        """The low halves of 32 bytes are a block of 32 numbers, the high ones the next; these stay sixteen times as
+        large, and their scale is a sixteenth."""
+        keep_scales = self._read_scales(1 / 16)
         for pair in range(4):
             if pair % 2 == 0:
                 packed = self._dwords(16 + 32 * pair, 16)
             for high in range(2):
                 for i, each in enumerate(packed[QUADS * (pair % 2) :][:QUADS]):
-                    self.keep(QUADS * (2 * pair + high) + i, self._bits(each, -4 * high, 0x0F))
+                    self.keep(QUADS * (2 * pair + high) + i, self._bits(each, 0, 0xF0 if high else 0x0F))
                 keep_scales(2 * pair + high)
 
     def _unpack_q5_k(self) -> None:
@@ -163,7 +171,7 @@ class ColumnUnpacker:
                 self.keep(QUADS * block + i, quad)
             for i in range(2):
                 number = 2 * places("Q6_K")[block] + i
-                factor = b.fmul(self._byte(fours[number // 4], number % 4, signed=True), scale)
+                factor = b.fmul(self._byte(fours[number // 4], number % 4), scale)
                 self.keep(self.n_quads + 2 * block + i, factor)
 
     def _unpack_q8_0(self) -> None:
