@@ -136,10 +136,9 @@ class ColumnUnpacker:
         large, and their scale is a sixteenth."""
         keep_scales = self._read_scales(1 / 16)
         for pair in range(4):
-            if pair % 2 == 0:
-                packed = self._dwords(16 + 32 * pair, 16)
+            packed = self._dwords(16 + 32 * pair, QUADS)
             for high in range(2):
-                for i, each in enumerate(packed[QUADS * (pair % 2) :][:QUADS]):
+                for i, each in enumerate(packed):
                     self.keep(QUADS * (2 * pair + high) + i, self._bits(each, 0, 0xF0 if high else 0x0F))
                 keep_scales(2 * pair + high)
 
@@ -177,14 +176,14 @@ class ColumnUnpacker:
     def _unpack_q8_0(self) -> None:
         """A scale, and signed integers: 128 more makes them unsigned."""
         sign = self.w.integers([-0x7F7F7F80] * LANES, self.w.i32)
-        for block, dwords in self._split(((0, 16), (64, 16), (128 - 8, 4)), QUADS):
+        for block, dwords in self._split(((0, 8), (32, 8), (64, 8), (96, 8), (128 - 8, 4)), QUADS):
             for i, column in enumerate(dwords):
                 self.keep(QUADS * block + i, self.w.b.xor(column, sign))
             self.keep(self.n_quads + block, self.scale)
 
     def _unpack_q4_0(self) -> None:
         """A scale, and 16 bytes, whose low halves are the first 16 numbers of a block, 8 too large."""
-        for block, dwords in self._split(((0, 16), (64 - 8, 4)), 4):
+        for block, dwords in self._split(((0, 8), (32, 8), (64 - 8, 4)), 4):
             for high in range(2):
                 for i, column in enumerate(dwords):
                     self.keep(QUADS * block + 4 * high + i, self._bits(column, -4 * high, 0x0F))
