@@ -49,6 +49,14 @@ def places(kind: str) -> list[int]:
     return [0, 2, 1, 3, 4, 6, 5, 7] if kind == "Q6_K" else list(range(step(kind) // BLOCK))
 
 
+def larger(kind: str, block: int) -> int:
+    """How many times as large as they should be the unpacked integers of a block of a step are, and its scales as small,
+    which spares instructions."""
+    if kind == "Q4_K":
+        return 16 if block % 2 else 1
+    return 4 if kind == "Q6_K" and block % 4 == 3 else 1
+
+
 class ColumnUnpacker:
     """Writes the instructions that unpack `step(kind)` weights of 16 rows."""
 
@@ -99,11 +107,11 @@ class ColumnUnpacker:
             column = b.shl(column, by) if left > 0 else b.lshr(column, by)
         return column if mask == 0xFF else b.and_(column, w.integers([mask * 0x01010101] * LANES, w.i32))
 
-    def _byte(self, column: Any, number: int) -> Any:
-        """A signed byte of each dword, as float32."""
+    def _high_byte(self, column: Any, number: int) -> Any:
+        """A signed byte of each dword times 2**24, as float32."""
         w, b = self.w, self.w.b
-        moved = b.shl(column, w.integers([24 - 8 * number] * LANES, w.i32))
-        return b.sitofp(b.ashr(moved, w.integers([24] * LANES, w.i32)), w.vector)
+        moved = b.shl(column, w.integers([24 - 8 * number] * LANES, w.i32)) if number < 3 else column
+        return b.sitofp(b.and_(moved, w.integers([-1 << 24] * LANES, w.i32)), w.vector)
 
     def _byte_times(self, column: Any, number: int, factor: Any) -> Any:
         """An unsigned byte of each dword times a number, rounded once: as the last bits of 2**23 a byte is float32."""
@@ -134,7 +142,7 @@ class ColumnUnpacker:
     def _unpack_q4_k(self) -> None:
         """The low halves of 32 bytes are a block of 32 numbers, the high ones the next; these stay sixteen times as
         large, and their scale is a sixteenth."""
-        keep_scales = self._read_scales(1 / 16)
+        keep_scales = self._read_scales(1 / larger("Q4_K", 1))
         for pair in range(4):
             packed = self._dwords(16 + 32 * pair, QUADS)
             for high in range(2):
@@ -158,7 +166,8 @@ class ColumnUnpacker:
         """Halves of 128 numbers: two low halves of bytes, then two high ones; pairs of bits likewise."""
         b = self.w.b
         last = self._dwords(178, 8)  # 16 scales from the middle of a dword on, and theirs
-        fours, scale = self._joined(last[3:]), self._half(last[7], 1)
+        fours, scale = self._joined(last[3:]), b.fmul(self._half(last[7], 1), self.w.all(2.0**-24))
+        by_four = b.fmul(scale, self.w.all(1 / larger("Q6_K", 3)))
         for block in range(8):  # in the order of `places`
             half, part = divmod(places("Q6_K")[block], 4)
             if block % 4 == 0:
@@ -166,11 +175,14 @@ class ColumnUnpacker:
             if block % 2 == 0:
                 packed = self._dwords(64 * half + 32 * (part % 2), 8)
             for i, (low, bits) in enumerate(zip(packed, top, strict=True)):
-                quad = b.or_(self._bits(low, -4 * (part // 2), 0x0F), self._bits(bits, 4 - 2 * part, 0x30))
+                if part == 3:  # four times as large, since the upper bits are where they belong then
+                    quad = b.or_(self._bits(low, -2, 0x3C), self._bits(bits, 0, 0xC0))
+                else:
+                    quad = b.or_(self._bits(low, -4 * (part // 2), 0x0F), self._bits(bits, 4 - 2 * part, 0x30))
                 self.keep(QUADS * block + i, quad)
             for i in range(2):
                 number = 2 * places("Q6_K")[block] + i
-                factor = b.fmul(self._byte(fours[number // 4], number % 4), scale)
+                factor = b.fmul(self._high_byte(fours[number // 4], number % 4), by_four if part == 3 else scale)
                 self.keep(self.n_quads + 2 * block + i, factor)
 
     def _unpack_q8_0(self) -> None:

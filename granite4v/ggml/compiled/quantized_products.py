@@ -13,7 +13,7 @@ import os
 from typing import Any
 
 from granite4v.ggml.compiled.column_tiles import ABOUT, RECORD, REGISTER, SCALE, STARTS, SUM, Call, Direct, Tiles
-from granite4v.ggml.compiled.columns import BLOCK, KINDS, OFFSETS, n_parts, places, step
+from granite4v.ggml.compiled.columns import BLOCK, KINDS, OFFSETS, larger, n_parts, places, step
 from granite4v.ggml.compiled.meeting import Meeting
 from granite4v.ggml.compiled.writer import LANES, Writer
 
@@ -124,9 +124,13 @@ class QuantizedProducts:
                     rest = b.and_(i, w.integer(-4))
                     place = b.or_(rest, b.or_(b.shl(low, w.integer(1)), b.lshr(high, w.integer(1))))
                 record = b.mul(b.add(b.mul(pair, n_blocks), place), w.integer(RECORD))
-                self._write_record(b.gep(target, [record]), blocks)
+                offset = w.integer(OFFSETS.get(self.kind, 0), w.i32)
+                if self.kind == "Q6_K":
+                    is_fourth = b.icmp_signed("==", b.and_(i, w.integer(3)), w.integer(3))
+                    offset = b.select(is_fourth, b.mul(offset, w.integer(larger(self.kind, 3), w.i32)), offset)
+                self._write_record(b.gep(target, [record]), blocks, offset)
 
-    def _write_record(self, record: Any, blocks: list[list[Any]]) -> None:
+    def _write_record(self, record: Any, blocks: list[list[Any]], offset: Any) -> None:
         w, b = self.w, self.w.b
         quads = []
         for i, values in enumerate(blocks):
@@ -137,7 +141,6 @@ class QuantizedProducts:
             w.store(b.fmul(b.sitofp(total, w.f32), scale), record, w.integer(ABOUT + SUM + 4 * i))
             totals = [w.whole_total(each) for each in integers] if n_parts(self.kind) == 2 else [total]
             for part, each in enumerate(totals):
-                start = b.mul(each, w.integer(OFFSETS.get(self.kind, 0), w.i32))
-                w.store(start, record, w.integer(ABOUT + STARTS + 8 * part + 4 * i))
+                w.store(b.mul(each, offset), record, w.integer(ABOUT + STARTS + 8 * part + 4 * i))
         by_turns = [n for i in range(BLOCK // 4) for n in (i, BLOCK // 4 + i)]
         w.store(w.picked(quads[0], by_turns, quads[1]), record, w.integer(0), 32)
