@@ -9,7 +9,6 @@ memory is read and unpacked at a time, and what is fetched ahead of it stays in 
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +26,10 @@ from granite4v.ggml.compiled.columns import (
 )
 from granite4v.ggml.compiled.writer import LANES, Writer
 
-E = os.environ.get
 REGISTER = 4 * LANES  # bytes
 LINE = 64  # bytes
 OF_REGISTER = LANES // 2  # rows of weights
-CHUNK = int(E("CHUNK", "512"))  # weights of a row that are unpacked at once, and stay in the first cache
+CHUNK = 512  # weights of a row that are unpacked at once, and stay in the first cache
 # A record of an activation row, for two blocks: quads of integers by turns, and two each of: the scale, the sum, and
 # the sums of the parts of the block times the offset of the weights.
 ABOUT = 2 * BLOCK
@@ -39,10 +37,10 @@ SCALE, SUM, STARTS = 0, 8, 16
 RECORD = ABOUT + 32
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
-    """Tensors, numbers and places. `rounded`: the activation rows, of `row_size` bytes each; `sums`: memory of the
-    thread."""
+    """Tensors, numbers and places. `sums`: memory of the thread; `rounded`: the activation rows, of `row_size` bytes
+    each."""
 
     target: Any
     weights: Any
@@ -50,14 +48,16 @@ class Call:
     n_out: Any
     n_steps: Any
     n_pairs: Any
-    rounded: Any
     row_size: Any
     sums: Any
+    rounded: Any = None
 
 
 class Group:
     """Writes the instructions. `width`: registers side by side; `most_rows`: activation rows of a tile, which keeps its
-    sums in registers."""
+    sums in registers; `distances`: bytes behind the next weights' beginning at which lines are fetched."""
+
+    distances: Sequence[int] = ()
 
     def __init__(self, writer: Writer, kind: str, call: Call, width: int, most_rows: int) -> None:
         self.w, self.kind, self.call, self.width, self.most_rows = writer, kind, call, width, most_rows
@@ -84,15 +84,12 @@ class Group:
 
     def _fetch(self, start: Any, n_done: int) -> None:
         """Some lines of the next weights, which are as many as these, after each column."""
+        w, b = self.w, self.w.b
         n_lines = -(-LANES * step_bytes(self.kind) // LINE)
         first, end = (n * n_lines // n_columns(self.kind) for n in (n_done - 1, n_done))
-        w, b = self.w, self.w.b
         for line in range(first, end):
-            for d in E("PFD", "0+4096+8192").split("+"):
-                w.prefetch(b.gep(start, [w.integer(LINE * line + int(d))]), LINE, int(E("PFL", "3")))
-            if E("TOUCH"):
-                touched = w.load(start, w.integer(LINE * line + int(E("TOUCH"))), w.i64, 1)
-                b.asm(w.ir.FunctionType(w.ir.VoidType(), [w.i64]), "", "r,~{memory}", [touched], side_effect=True)
+            for distance in self.distances:
+                w.prefetch(b.gep(start, [w.integer(LINE * line + distance)]), LINE)
 
     # --- products ---
 
@@ -139,7 +136,9 @@ def switch(w: Writer, value: Any, most: int, write: Callable[[int], None]) -> No
 
 
 class Direct(Group):
-    """Few rows: weights are multiplied as they are unpacked."""
+    """Few rows: weights are multiplied as they are unpacked, as fast as they come from memory."""
+
+    distances = (0, 4 << 10, 8 << 10)
 
     def multiply(self, first_output: Any, first_row: Any, n_rows: Any, next_output: Any) -> None:
         w = self.w
@@ -204,7 +203,9 @@ class _Block:
 
 
 class Tiles(Group):
-    """Many rows: some hundred weights are unpacked to memory first."""
+    """More rows: some hundred weights are unpacked to the first cache, then multiplied with one tile after the other."""
+
+    distances = (0, 8 << 10)
 
     def __init__(self, writer: Writer, kind: str, call: Call, width: int, most_rows: int) -> None:
         super().__init__(writer, kind, call, width, most_rows)
@@ -225,9 +226,8 @@ class Tiles(Group):
         with w.loop(zero, self.call.n_pairs, w.integer(self.per_chunk)) as (first_pair, _turn):
             n_pairs = w.least(b.sub(self.call.n_pairs, first_pair), w.integer(self.per_chunk))
             with w.loop(zero, n_pairs, one) as (i, _turn):
-                if not E('SKIPU'): self._unpack_pair(weights, ahead, b.add(first_pair, i), i)
-            w.b.asm(w.ir.FunctionType(w.ir.VoidType(), [w.bytes]), '', 'r,~{memory}', [self.columns], side_effect=True)
-            with w.loop(zero, zero if E('SKIPT') else n_tiles, one) as (tile, _turn):
+                self._unpack_pair(weights, ahead, b.add(first_pair, i), i)
+            with w.loop(zero, n_tiles, one) as (tile, _turn):
                 first = b.add(b.mul(tile, size), w.least(tile, n_larger))
                 n = b.add(size, b.zext(b.icmp_signed("<", tile, n_larger), w.i64))
                 self._multiply_tile(n, b.add(first_row, first), first_pair, n_pairs, self._sums_of(first))

@@ -38,8 +38,16 @@ class Meeting:
         with b.if_then(self.is_first):
             b.store_atomic(self._taken(b.add(n_bytes, w.integer(2 * ALIGNED))), self._at(ROOM, w.i64), "release", 8)
         self._wait(lambda: b.icmp_signed("!=", b.load_atomic(self._at(ROOM, w.i64), "acquire", 8), w.integer(0)))
-        room = b.load_atomic(self._at(ROOM, w.i64), "acquire", 8)
-        return b.inttoptr(b.and_(b.add(room, w.integer(2 * ALIGNED - 1)), w.integer(-ALIGNED)), w.bytes)
+        return self._aligned(b.add(b.load_atomic(self._at(ROOM, w.i64), "acquire", 8), w.integer(ALIGNED)))
+
+    def own_room(self, n_bytes: Any) -> tuple[Any, Any]:
+        """Memory of one thread, aligned to 64 bytes, and what it has to free."""
+        room = self._allocated(self.w.b.add(n_bytes, self.w.integer(ALIGNED)))
+        return self._aligned(self.w.b.ptrtoint(room, self.w.i64)), room
+
+    def free(self, room: Any) -> None:
+        """What belongs to one thread, or nothing: a null pointer."""
+        self.w.b.call(self.w.declare("free", self.w.ir.VoidType(), self.w.bytes), [room])
 
     def wait_for_all(self) -> None:
         """Until every thread has come here."""
@@ -76,7 +84,9 @@ class Meeting:
         w, b = self.w, self.w.b
         n_left = b.atomic_rmw("add", self._at(LEFT, w.i32), w.integer(1, w.i32), "acq_rel")
         with b.if_then(b.icmp_signed("==", b.add(n_left, w.integer(1, w.i32)), b.trunc(self.nth, w.i32))):
-            self._give_back(b.load_atomic(self._at(ROOM, w.i64), "acquire", 8))
+            room = b.load_atomic(self._at(ROOM, w.i64), "acquire", 8)
+            with b.if_then(b.icmp_signed("!=", room, w.integer(0))):
+                self._give_back(room)
             b.store_atomic(w.integer(0), self._at(ROOM, w.i64), "release", 8)
             for place in (MET, LEFT, NEXT):
                 b.store_atomic(w.integer(0, w.i32), self._at(place, w.i32), "release", 4)
@@ -125,9 +135,7 @@ class Meeting:
         self._free(kept)
         b.branch(new)
         b.position_at_end(new)
-        room = b.call(w.declare("malloc", w.bytes, w.i64), [n_bytes])
-        with b.if_then(b.icmp_unsigned("==", room, w.ir.Constant(w.bytes, None)), likely=False):
-            b.call(w.declare("abort", w.ir.VoidType()), [])  # as ggml does
+        room = self._allocated(n_bytes)
         w.store(n_bytes, room, w.integer(0), 8)
         found = b.ptrtoint(room, w.i64)
         b.branch(done)
@@ -137,6 +145,17 @@ class Meeting:
         taken.add_incoming(kept, is_kept)
         taken.add_incoming(found, last)
         return taken
+
+    def _aligned(self, address: Any) -> Any:
+        w, b = self.w, self.w.b
+        return b.inttoptr(b.and_(b.add(address, w.integer(ALIGNED - 1)), w.integer(-ALIGNED)), w.bytes)
+
+    def _allocated(self, n_bytes: Any) -> Any:
+        w, b = self.w, self.w.b
+        room = b.call(w.declare("malloc", w.bytes, w.i64), [n_bytes])
+        with b.if_then(b.icmp_unsigned("==", room, w.ir.Constant(w.bytes, None)), likely=False):
+            b.call(w.declare("abort", w.ir.VoidType()), [])  # as ggml does
+        return room
 
     def _give_back(self, room: Any) -> None:
         w, b = self.w, self.w.b
@@ -150,5 +169,4 @@ class Meeting:
                 self._free(room)
 
     def _free(self, room: Any) -> None:
-        w = self.w
-        w.b.call(w.declare("free", w.ir.VoidType(), w.bytes), [w.b.inttoptr(room, w.bytes)])
+        self.free(self.w.b.inttoptr(room, self.w.bytes))

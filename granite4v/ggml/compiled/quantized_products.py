@@ -9,7 +9,6 @@ the values of a row have the same bits whatever is computed beside it.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from granite4v.ggml.compiled.column_tiles import ABOUT, RECORD, REGISTER, SCALE, STARTS, SUM, Call, Direct, Tiles
@@ -19,13 +18,15 @@ from granite4v.ggml.compiled.writer import LANES, Writer
 
 __all__ = ["KINDS", "LEAST_OUTPUTS", "QuantizedProducts"]
 
-E = os.environ.get
-LEAST_MANY = int(E("LEAST_MANY", "5"))  # activation rows for which wide tiles are faster
+# activation rows that are multiplied with weights as these are unpacked
+MOST_DIRECT = {"Q4_K": 4, "Q5_K": 4, "Q6_K": 2, "Q8_0": 6, "Q4_0": 6}
+MOST_OWN = 8  # activation rows that each thread rounds for itself
+WIDTH, ROWS = 2, 5  # of other tiles: with more, LLVM keeps sums in memory
 LEAST_OUTPUTS = 32  # rows of weights; ggml multiplies fewer
 CACHED = 512 << 10  # numbers of activation rows that stay in the second cache while all weights pass
 TOP_ROWS = 320  # activation rows that are taken at once, at most
 LOW_ROWS = 40  # and at least, where there are as many
-SHARES = int(E("SHARES", "8"))  # of each thread, at least, where there is work enough
+SHARES = 8  # of each thread, at least, where there is work enough
 
 
 class QuantizedProducts:
@@ -56,21 +57,43 @@ class QuantizedProducts:
             n_out=w.field(weights, "ne", 1),
             n_steps=n_steps,
             n_pairs=n_pairs,
-            rounded=meeting.room(b.mul(n_rows, row_size)),
             row_size=row_size,
-            sums=w.on_stack(TOP_ROWS * 2 * REGISTER),
+            sums=w.on_stack(TOP_ROWS * WIDTH * REGISTER),
         )
-        with w.loop(ith, n_rows, nth) as (row, _turn):
-            self._round_row(row)
-        meeting.wait_for_all()
-        with b.if_else(b.icmp_signed("<", n_rows, w.integer(LEAST_MANY))) as (are_few, are_many):
+        own_room = self._round_rows(meeting, n_rows, b.mul(n_rows, row_size), ith, nth)
+        few = Direct(w, kind, self.call, 1, MOST_DIRECT[kind])
+        many = Tiles(w, kind, self.call, WIDTH, ROWS)
+        with b.if_else(b.icmp_signed("<=", n_rows, w.integer(few.most_rows))) as (are_few, are_many):
             with are_few:
-                self._share(meeting, Direct(w, kind, self.call, 1, LEAST_MANY - 1), n_rows, nth)
+                self._share(meeting, few, n_rows, nth)
             with are_many:
-                self._share(meeting, Tiles(w, kind, self.call, int(E("W", "2")), int(E("ROWS", "5"))), n_rows, nth)
+                self._share(meeting, many, n_rows, nth)
+        meeting.free(own_room)
         meeting.leave()
         w.b.ret_void()
         return function
+
+    def _round_rows(self, meeting: Meeting, n_rows: Any, n_bytes: Any, ith: Any, nth: Any) -> Any:
+        """Each thread rounds a few rows for itself: to wait for the others takes longer, above all where one of them is
+        not running. Gives what it has to free."""
+        w, b = self.w, self.w.b
+        is_own = b.icmp_signed("<=", n_rows, w.integer(MOST_OWN))
+        rooms = []
+        with b.if_else(is_own) as (own, shared):
+            with own:
+                rooms.append((*meeting.own_room(n_bytes), b.block))
+            with shared:
+                rooms.append((meeting.room(n_bytes), w.ir.Constant(w.bytes, None), b.block))
+        self.call.rounded, own_room = b.phi(w.bytes), b.phi(w.bytes)
+        for room, to_free, block in rooms:
+            self.call.rounded.add_incoming(room, block)
+            own_room.add_incoming(to_free, block)
+        first, distance = (b.select(is_own, w.integer(one), other) for one, other in ((0, ith), (1, nth)))
+        with w.loop(first, n_rows, distance) as (row, _turn):
+            self._round_row(row)
+        with b.if_then(b.not_(is_own)):
+            meeting.wait_for_all()
+        return own_room
 
     def _share(self, meeting: Meeting, tiles: Tiles, n_rows: Any, n_threads: Any) -> None:
         """A share is a run of neighbouring rows of weights, which memory delivers fastest, with some activation rows."""

@@ -6,7 +6,6 @@ import ctypes
 import functools
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,7 +55,7 @@ def compiled(write: Callable[[], str], what: str | None) -> Any:
     cpu = binding.get_host_cpu_name(), features.flatten()
     with _LOCK:
         machine = binding.Target.from_default_triple().create_target_machine(cpu=cpu[0], features=cpu[1], opt=3)
-        key = None if os.environ.get("NOKEY") or what is None or SOURCES is None else _key(SOURCES, binding.get_default_triple(), *cpu, what)
+        key = None if what is None or SOURCES is None else _key(SOURCES, binding.get_default_triple(), *cpu, what)
         code = None if key is None else object_cache.find(key)
         if code is None:
             module = binding.parse_assembly(write())
@@ -265,11 +264,11 @@ class Writer:
     def store(self, value: Any, base: Any, n_bytes: Any, align: int = 4) -> None:
         self.b.store(value, self.b.bitcast(self.b.gep(base, [n_bytes]), value.type.as_pointer())).align = align
 
-    def prefetch(self, base: Any, n_bytes: int, level: int = 3) -> None:
+    def prefetch(self, base: Any, n_bytes: int) -> None:
         """Asks for lines of memory. Between what stands before it and behind it: LLVM would otherwise move all requests
         of a loop to its head."""
         function = self.declare("llvm.prefetch.p0", self.ir.VoidType(), self.bytes, self.i32, self.i32, self.i32)
-        to_read, keep, data = (self.integer(value, self.i32) for value in (0, level, 1))
+        to_read, keep, data = (self.integer(value, self.i32) for value in (0, 3, 1))
         for place in range(0, n_bytes, 64):
             self.b.call(function, [self.b.gep(base, [self.integer(place)]), to_read, keep, data])
         self.b.asm(self.ir.FunctionType(self.ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
