@@ -77,7 +77,10 @@ class Group:
         w, b, n_bytes = self.w, self.w.b, step_bytes(self.kind)
         even = b.mul(pair, w.integer(2))
         has_odd = b.icmp_signed("<", b.add(even, w.integer(1)), self.call.n_steps)
-        base = b.gep(weights, [b.add(b.mul(even, w.integer(n_bytes)), b.mul(b.mul(i, w.integer(OF_REGISTER)), self.call.row_bytes))])
+        base = b.gep(
+            weights,
+            [b.add(b.mul(even, w.integer(n_bytes)), b.mul(b.mul(i, w.integer(OF_REGISTER)), self.call.row_bytes))],
+        )
         odd = b.gep(base, [b.select(has_odd, w.integer(n_bytes), w.integer(0))])
         places = [b.mul(self.call.row_bytes, w.integer(row)) for row in range(OF_REGISTER)]
         ColumnUnpacker(w).unpack(self.kind, [b.gep(start, [place]) for place in places for start in (base, odd)], keep)
@@ -203,7 +206,7 @@ class _Block:
 
 
 class Tiles(Group):
-    """More rows: some hundred weights are unpacked to the first cache, then multiplied with one tile after the other."""
+    """More rows: some hundred weights are unpacked to the first cache, and multiplied with one tile after the other."""
 
     distances = (0, 8 << 10)
 
@@ -310,4 +313,3 @@ class Tiles(Group):
                     i = self.width * row + k
                     found[i] = w.fours_added(found[i], weights[k], numbers)
         return found
-

@@ -7,6 +7,7 @@ two quads. Block layouts: ggml-common.h and ggml-quants.c of ggml 0.25.3.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -50,8 +51,8 @@ def places(kind: str) -> list[int]:
 
 
 def larger(kind: str, block: int) -> int:
-    """How many times as large as they should be the unpacked integers of a block of a step are, and its scales as small,
-    which spares instructions."""
+    """By how much the unpacked integers of a block of a step are too large, and its scales too small: bits that stay
+    where they are in a byte need no instruction."""
     if kind == "Q4_K":
         return 16 if block % 2 else 1
     return 4 if kind == "Q6_K" and block % 4 == 3 else 1
@@ -94,7 +95,7 @@ class ColumnUnpacker:
 
     def _joined(self, columns: Sequence[Any]) -> list[Any]:
         """Quads that begin in the middle of each dword and end in the next one's."""
-        pairs = zip(columns, columns[1:], strict=False)
+        pairs = itertools.pairwise(columns)
         return [self.w.b.or_(self._bits(low, -16), self._bits(high, 16)) for low, high in pairs]
 
     # --- bits ---

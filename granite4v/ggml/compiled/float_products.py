@@ -1,8 +1,8 @@
 """Products of F16 weights with a few rows, for CPUs with AVX-512.
 
-ggml multiplies the weights of the mapped file row by row. Here they are widened once for all activation rows, which stay
-float32, where ggml rounds them to half precision. The values of a row are the same to the bit whatever is beside it, and
-for every number of threads.
+ggml multiplies the weights of the mapped file row by row. Here they are widened once for all activation rows, which
+stay float32, where ggml rounds them to half precision. The values of a row are the same to the bit whatever is beside
+it, and for every number of threads.
 """
 
 from __future__ import annotations

@@ -94,19 +94,11 @@ class NodeKernels:
 NO_KERNELS = NodeKernels()
 
 
-class NodeState(ctypes.Structure):
-    """The callback's data, where it is given any. `hook`: the data of another callback, which begins with its address
-    (`between_layers.State`), and is asked about nodes `BETWEEN_LAYERS`. `is_prompt`: whether rows are a prompt's, not a
-    decode step's, which have the same bits however many they are: those of a prompt are multiplied as such from
-    `LEAST_ROWS` on."""
-
-    _fields_ = [("hook", ctypes.c_void_p), ("is_prompt", ctypes.c_int64)]
-
-
 @functools.cache
 def callback(kernels: NodeKernels) -> int:
-    """The address of the compiled `ggml_backend_sched_eval_callback`. Its data: nothing, or a `NodeState`. It lives as
-    long as the process. Takes some tenths of a second the first time on a machine."""
+    """The address of the compiled `ggml_backend_sched_eval_callback`. Its data: nothing, or that of another callback,
+    which begins with its address (`between_layers.State`), and is asked about nodes `BETWEEN_LAYERS`. It lives as long
+    as the process. Takes some tenths of a second the first time on a machine."""
     return int(_compiled(kernels).get_function_address("see"))
 
 
@@ -161,9 +153,8 @@ class _Callback:
         """bool (*ggml_backend_sched_eval_callback)(struct ggml_tensor * t, bool ask, void * user_data)"""
         w, cases = self.w, self._cases()
         function = w.begin("see", w.i8, w.bytes, w.i8, w.bytes)
-        node, asks, data = function.args
+        node, asks, hook = function.args
         b = w.b
-        hook = self._state(data)
         leave, begin = function.append_basic_block(), function.append_basic_block()
         is_asked = b.icmp_unsigned("!=", asks, w.integer(0, w.i8))
         b.cbranch(is_asked, begin, leave)
@@ -196,25 +187,6 @@ class _Callback:
         other_callback = b.bitcast(w.load(hook, w.integer(0), w.bytes, 8), function.function_type.as_pointer())
         b.ret(b.call(other_callback, [node, asks, hook]))
         return str(w.module)
-
-    def _state(self, data: Any) -> Any:
-        """Reads what the callback is given: the hook's data, which it returns, and whether rows are a prompt's."""
-        w, b, none = self.w, self.w.b, self.w.ir.Constant(self.w.bytes, None)
-        before, given, after = b.block, b.function.append_basic_block(), b.function.append_basic_block()
-        b.cbranch(b.icmp_unsigned("!=", data, none), given, after)
-        b.position_at_end(given)
-        fields = [(NodeState.hook, w.bytes, none), (NodeState.is_prompt, w.i64, w.integer(0))]
-        loaded = [w.load(data, w.integer(field.offset), kind, 8) for field, kind, _ in fields]
-        b.branch(after)
-        b.position_at_end(after)
-        found = []
-        for value, (_, kind, default) in zip(loaded, fields, strict=True):
-            found.append(b.phi(kind))
-            found[-1].add_incoming(default, before)
-            found[-1].add_incoming(value, given)
-        hook, is_prompt = found
-        self.is_prompt = b.icmp_signed("!=", is_prompt, w.integer(0))
-        return hook
 
     def _cases(self) -> list[_Case]:
         w, cases = self.w, []

@@ -8,9 +8,7 @@ from granite4v.ggml.cpu_features import cpu_features
 
 QUANTIZED = columns.KINDS
 KINDS = (*QUANTIZED, float_products.KIND)
-MOST_FLOAT_ROWS = (
-    float_products.MOST_ROWS
-)  # activation rows with F16 weights; with quantized ones there may be any number
+MOST_FLOAT_ROWS = float_products.MOST_ROWS  # activation rows with F16 weights; with quantized ones there is no limit
 
 
 def is_available() -> bool:
@@ -19,8 +17,8 @@ def is_available() -> bool:
 
 
 def multiplies(kind: str, n_rows: int = 1) -> bool:
-    """Whether weights of a type are multiplied here with so many activation rows, as far as that is known before anything
-    is compiled."""
+    """Whether weights of a type are multiplied here with so many activation rows, as far as that is known before
+    anything is compiled."""
     fits = kind in QUANTIZED or (kind == float_products.KIND and n_rows <= MOST_FLOAT_ROWS)
     return fits and is_available() and llvm() is not None
 

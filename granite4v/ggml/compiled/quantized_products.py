@@ -95,8 +95,8 @@ class QuantizedProducts:
             meeting.wait_for_all()
         return own_room
 
-    def _share(self, meeting: Meeting, tiles: Tiles, n_rows: Any, n_threads: Any) -> None:
-        """A share is a run of neighbouring rows of weights, which memory delivers fastest, with some activation rows."""
+    def _share(self, meeting: Meeting, tiles: Direct | Tiles, n_rows: Any, n_threads: Any) -> None:
+        """A share is a run of neighbouring rows of weights, which memory delivers fastest, and some activation rows."""
         w, b, one = self.w, self.w.b, self.w.integer(1)
         n_groups = b.sdiv(b.add(self.call.n_out, w.integer(tiles.n_outputs - 1)), w.integer(tiles.n_outputs))
         at_once = self._rows_at_once(n_rows, n_groups, n_threads, tiles.most_rows)
@@ -126,7 +126,7 @@ class QuantizedProducts:
     # --- activations ---
 
     def _round_row(self, row: Any) -> None:
-        """Records of two blocks, at the same place of an even step and the next one; zeros where that is past the end."""
+        """Records of two blocks each, one of an even step and one of the next step, or zeros after the last one."""
         w, b, one = self.w, self.w.b, self.w.integer(1)
         n_blocks, n_bytes = w.integer(step(self.kind) // BLOCK), w.integer(4 * BLOCK)
         source, target = w.at(self.x, (1, row)), b.gep(self.call.rounded, [b.mul(row, self.call.row_size)])
@@ -141,17 +141,21 @@ class QuantizedProducts:
                     for start in starts
                 ]
                 blocks[1] = [b.select(has_odd, value, w.all(0.0)) for value in blocks[1]]
-                place = i
-                if places(self.kind) != sorted(places(self.kind)):  # swaps the two lower bits
-                    low, high = (b.and_(i, w.integer(bit)) for bit in (1, 2))
-                    rest = b.and_(i, w.integer(-4))
-                    place = b.or_(rest, b.or_(b.shl(low, w.integer(1)), b.lshr(high, w.integer(1))))
+                place, offset = self._place_and_offset(i)
                 record = b.mul(b.add(b.mul(pair, n_blocks), place), w.integer(RECORD))
-                offset = w.integer(OFFSETS.get(self.kind, 0), w.i32)
-                if self.kind == "Q6_K":
-                    is_fourth = b.icmp_signed("==", b.and_(i, w.integer(3)), w.integer(3))
-                    offset = b.select(is_fourth, b.mul(offset, w.integer(larger(self.kind, 3), w.i32)), offset)
                 self._write_record(b.gep(target, [record]), blocks, offset)
+
+    def _place_and_offset(self, block: Any) -> tuple[Any, Any]:
+        """Of a block of a step: which one it is among the unpacked ones, and the offset of its weights."""
+        w, b = self.w, self.w.b
+        found = w.integer(0), w.integer(OFFSETS.get(self.kind, 0), w.i32)
+        if all(place == i and larger(self.kind, i) == 1 for i, place in enumerate(places(self.kind))):
+            return block, found[1]
+        for i, place in enumerate(places(self.kind)):
+            offset = OFFSETS.get(self.kind, 0) * larger(self.kind, place)
+            is_it = b.icmp_signed("==", block, w.integer(place))
+            found = b.select(is_it, w.integer(i), found[0]), b.select(is_it, w.integer(offset, w.i32), found[1])
+        return found
 
     def _write_record(self, record: Any, blocks: list[list[Any]], offset: Any) -> None:
         w, b = self.w, self.w.b
@@ -159,7 +163,9 @@ class QuantizedProducts:
         for i, values in enumerate(blocks):
             integers, scale, total = w.as_integers(values)
             as_bytes = [b.trunc(each, w.ir.VectorType(w.i8, LANES)) for each in integers]
-            quads.append(b.bitcast(w.picked(as_bytes[0], range(BLOCK), as_bytes[1]), w.ir.VectorType(w.i32, BLOCK // 4)))
+            quads.append(
+                b.bitcast(w.picked(as_bytes[0], range(BLOCK), as_bytes[1]), w.ir.VectorType(w.i32, BLOCK // 4))
+            )
             w.store(scale, record, w.integer(ABOUT + SCALE + 4 * i))
             w.store(b.fmul(b.sitofp(total, w.f32), scale), record, w.integer(ABOUT + SUM + 4 * i))
             totals = [w.whole_total(each) for each in integers] if n_parts(self.kind) == 2 else [total]
