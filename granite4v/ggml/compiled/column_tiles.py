@@ -1,9 +1,13 @@
 """Some rows of quantized weights, as columns, times tiles of activation rows.
 
-A register holds quads of eight rows of weights twice: of an even step of the rows and of the next one, by turns. An
-activation row has their counterparts side by side, so that it is loaded by pairs of quads. With two such registers a
-tile of five rows needs half the loads of single rows: a core can do no more loads than multiplications. With one, less
-memory is read and unpacked at a time, and what is fetched ahead of it stays in the first cache.
+A register holds quads of eight rows of weights, of an even step of the rows and of the next step by turns. An
+activation row has their counterparts side by side, so that two quads are loaded together. Eight rows instead of sixteen
+are close together in memory: what is fetched ahead of them stays in the first cache. CPUs drop requests for lines when
+too many are open, so that lines are asked for two or three times.
+
+With two registers of weights a tile of five activation rows needs half the loads of single rows; a core can do no more
+loads than multiplications. A few activation rows are multiplied with each register as it is unpacked, which saves
+storing and loading it.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from granite4v.ggml.compiled.writer import LANES, Writer
 
 __all__ = ["KINDS", "LEAST_OUTPUTS", "QuantizedProducts"]
 
-# activation rows that are multiplied with weights as these are unpacked
+# activation rows that are multiplied with weights as these are unpacked: as many as that is faster for
 MOST_DIRECT = {"Q4_K": 4, "Q5_K": 4, "Q6_K": 2, "Q8_0": 6, "Q4_0": 6}
 MOST_OWN = 8  # activation rows that each thread rounds for itself
 WIDTH, ROWS = 2, 5  # of other tiles: with more, LLVM keeps sums in memory
