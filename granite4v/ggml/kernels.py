@@ -7,8 +7,7 @@ from typing import Any
 
 from granite4v.ggml import onednn
 from granite4v.ggml.backend import Backend, buffer_type_name
-from granite4v.ggml.compiled import prompt_products
-from granite4v.ggml.compiled.products import MOST_ROWS, multiplies
+from granite4v.ggml.compiled.products import multiplies
 from granite4v.ggml.cpu_features import cpu_features
 from granite4v.ggml.graph import Graph, Tensor
 from granite4v.ggml.types import block_size
@@ -105,8 +104,7 @@ def prompt_kernels(type_name: str) -> dict[str, Kernel]:
 def compiled_kernels(type_name: str, n_rows: int) -> dict[str, Kernel]:
     """Returns the compiled kernel for a text model's weights and this number of rows, if there is one. It needs no copy
     and replaces the plain kernel."""
-    is_known = n_rows <= MOST_ROWS or type_name in prompt_products.KINDS
-    return {COMPILED: Kernel(COMPILED)} if is_known and multiplies(type_name) else {}
+    return {COMPILED: Kernel(COMPILED)} if multiplies(type_name, n_rows) else {}
 
 
 def n_in(type_name: str) -> int:

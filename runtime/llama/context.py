@@ -13,7 +13,7 @@ import numpy as np
 from granite4v.choices import CacheType
 from granite4v.errors import DeviceError, ModelFileError
 from granite4v.ggml.backend import Aborted
-from granite4v.ggml.compiled.nodes import NodeKernels, NodeState, callback
+from granite4v.ggml.compiled.nodes import NodeKernels, callback
 from granite4v.ggml.cpu import FreeThreads
 from granite4v.memory import large_buffer
 from granite4v.runtime.llama.abort import AbortFlag
@@ -68,9 +68,9 @@ def node_callback(kernels: NodeKernels) -> Any:
     return llama().ggml_backend_sched_eval_callback(callback(kernels)) if kernels else None
 
 
-def _set_callback(params: Any, node_callback: Any, state: NodeState, hook: LayerHook | None) -> None:
+def _set_callback(params: Any, node_callback: Any, hook: LayerHook | None) -> None:
     if node_callback is not None:
-        params.cb_eval, params.cb_eval_user_data = node_callback, ctypes.addressof(state)
+        params.cb_eval, params.cb_eval_user_data = node_callback, None if hook is None else hook.data
     elif hook is not None:
         params.cb_eval, params.cb_eval_user_data = hook.callback, hook.data
 
@@ -102,8 +102,8 @@ class LlamaContext(Owner):
         comparing values rather than for speed; otherwise the cache has `cache_type`. `flash`: flash attention, where
         the device supports it; a quantized cache needs it. Without it, values are stored transposed. `node_callback`: a
         `ggml_backend_sched_eval_callback` that is asked about every node of a graph; if there is also a `hook`, which
-        computes between layers, it asks the hook's callback. Its data is a `NodeState`. `free_threads`: asked before
-        each batch how many of the threads to use; None: all.
+        computes between layers, it gets the hook's data and asks the hook's callback. `free_threads`: asked before each
+        batch how many of the threads to use; None: all.
 
         Raises DeviceError when there is not enough memory.
         """
@@ -121,8 +121,7 @@ class LlamaContext(Owner):
         if abort is not None:
             params.abort_callback = lib.ggml_abort_callback(abort.callback_address)
             params.abort_callback_data = abort.data_address
-        self._nodes = NodeState(None if hook is None else hook.data, 0)
-        _set_callback(params, node_callback, self._nodes, hook)
+        _set_callback(params, node_callback, hook)
         capture_log()
         n_layers = int(lib.llama_model_n_layer(model.handle))
         n_padded = -(-n_cells // PADDING) * PADDING
@@ -134,7 +133,7 @@ class LlamaContext(Owner):
                 f"llama.cpp cannot make a context of {n_seq_max} x {n_cells} tokens: {log().reason()}. Use a smaller "
                 "context (--ctx-size, n_ctx)."
             )
-        self._own(handle, lib.llama_free, model, abort, node_callback, self._nodes, hook)
+        self._own(handle, lib.llama_free, model, abort, node_callback, hook)
         self._memory = lib.llama_get_memory(handle)
         n_made = int(lib.llama_n_ctx_seq(handle))
         pages = KvPages.among(buffers, n_layers, n_seq_max, n_made) if model.on_cpu else None
@@ -189,7 +188,6 @@ class LlamaContext(Owner):
         batch.logits = wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
         capture_log()
         self._room.will_write(rows.sequences, rows.positions)
-        self._nodes.is_prompt = is_prompt
         with self.model.multiplying(n, is_prompt=is_prompt):
             status = int(lib.llama_decode(self.handle, batch))
             lib.llama_synchronize(self.handle)

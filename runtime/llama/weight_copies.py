@@ -33,7 +33,7 @@ import numpy as np
 
 from granite4v.errors import DeviceError
 from granite4v.ggml.backend import Aborted, Arena, use_large_pages
-from granite4v.ggml.compiled.products import MOST_ROWS
+from granite4v.ggml.compiled.products import MOST_FLOAT_ROWS
 from granite4v.ggml.declarations import TensorP
 from granite4v.ggml.library import lib as ggml
 from granite4v.ggml.quantize import quantize_rows
@@ -121,7 +121,7 @@ class WeightCopies:
         a prompt with as few rows as a step may have use widened copies: it runs in the graph that llama.cpp reuses,
         which knows one type.
         """
-        is_many, widens = n_rows > MAX_FEW_ROWS, is_prompt and n_rows > MOST_ROWS
+        is_many, widens = n_rows > MAX_FEW_ROWS, is_prompt and n_rows > MOST_FLOAT_ROWS
         used = is_many, widens
         if used != self._used:
             self._used = None  # unknown if this is interrupted

@@ -40,8 +40,16 @@ class Meeting:
         with b.if_then(self.is_first):
             b.store_atomic(self._taken(b.add(n_bytes, w.integer(2 * ALIGNED))), self._at(ROOM, w.i64), "release", 8)
         self._wait(lambda: b.icmp_signed("!=", b.load_atomic(self._at(ROOM, w.i64), "acquire", 8), w.integer(0)))
-        room = b.load_atomic(self._at(ROOM, w.i64), "acquire", 8)
-        return b.inttoptr(b.and_(b.add(room, w.integer(2 * ALIGNED - 1)), w.integer(-ALIGNED)), w.bytes)
+        return self._aligned(b.add(b.load_atomic(self._at(ROOM, w.i64), "acquire", 8), w.integer(ALIGNED)))
+
+    def own_room(self, n_bytes: Any) -> tuple[Any, Any]:
+        """Returns memory of one thread, aligned to 64 bytes, and the pointer that it must free."""
+        room = self._allocated(self.w.b.add(n_bytes, self.w.integer(ALIGNED)))
+        return self._aligned(self.w.b.ptrtoint(room, self.w.i64)), room
+
+    def free(self, room: Any) -> None:
+        """Frees memory of one thread; a null pointer is allowed."""
+        self.w.b.call(self.w.declare("free", self.w.ir.VoidType(), self.w.bytes), [room])
 
     def wait_for_all(self) -> None:
         """Waits until every thread has called this. Works once per call of the operation."""
@@ -51,16 +59,25 @@ class Meeting:
         self._wait(lambda: b.icmp_signed("==", b.load_atomic(self._at(MET, w.i32), "acquire", 4), n))
 
     @contextmanager
-    def shares(self, n: Any) -> Iterator[Any]:
-        """Emits `for share in range(n)`, spread over the threads: each takes another share when it has done one."""
+    def shares(self, n: Any) -> Iterator[tuple[Any, Any]]:
+        """Emits `for share in range(n)`, spread over the threads: each takes another share when it has done one. Also
+        yields the thread's next share, which may be past the end."""
         w, b = self.w, self.w.b
+
+        def taken() -> Any:
+            return b.sext(b.atomic_rmw("add", self._at(NEXT, w.i32), w.integer(1, w.i32), "monotonic"), w.i64)
+
+        first, before = taken(), b.block
         head, body, after = (b.function.append_basic_block() for _ in range(3))
         b.branch(head)
         b.position_at_end(head)
-        share = b.sext(b.atomic_rmw("add", self._at(NEXT, w.i32), w.integer(1, w.i32), "monotonic"), w.i64)
+        share = b.phi(w.i64)
+        share.add_incoming(first, before)
         b.cbranch(b.icmp_signed("<", share, n), body, after)
         b.position_at_end(body)
-        yield share
+        following = taken()
+        yield share, following
+        share.add_incoming(following, b.block)
         b.branch(head)
         b.position_at_end(after)
 
@@ -69,7 +86,9 @@ class Meeting:
         w, b = self.w, self.w.b
         n_left = b.atomic_rmw("add", self._at(LEFT, w.i32), w.integer(1, w.i32), "acq_rel")
         with b.if_then(b.icmp_signed("==", b.add(n_left, w.integer(1, w.i32)), b.trunc(self.nth, w.i32))):
-            self._give_back(b.load_atomic(self._at(ROOM, w.i64), "acquire", 8))
+            room = b.load_atomic(self._at(ROOM, w.i64), "acquire", 8)
+            with b.if_then(b.icmp_signed("!=", room, w.integer(0))):
+                self._give_back(room)
             b.store_atomic(w.integer(0), self._at(ROOM, w.i64), "release", 8)
             for place in (MET, LEFT, NEXT):
                 b.store_atomic(w.integer(0, w.i32), self._at(place, w.i32), "release", 4)
@@ -118,9 +137,7 @@ class Meeting:
         self._free(kept)
         b.branch(new)
         b.position_at_end(new)
-        room = b.call(w.declare("malloc", w.bytes, w.i64), [n_bytes])
-        with b.if_then(b.icmp_unsigned("==", room, w.ir.Constant(w.bytes, None)), likely=False):
-            b.call(w.declare("abort", w.ir.VoidType()), [])  # out of memory: abort, as ggml does
+        room = self._allocated(n_bytes)
         w.store(n_bytes, room, w.integer(0), 8)
         found = b.ptrtoint(room, w.i64)
         b.branch(done)
@@ -130,6 +147,17 @@ class Meeting:
         taken.add_incoming(kept, is_kept)
         taken.add_incoming(found, last)
         return taken
+
+    def _aligned(self, address: Any) -> Any:
+        w, b = self.w, self.w.b
+        return b.inttoptr(b.and_(b.add(address, w.integer(ALIGNED - 1)), w.integer(-ALIGNED)), w.bytes)
+
+    def _allocated(self, n_bytes: Any) -> Any:
+        w, b = self.w, self.w.b
+        room = b.call(w.declare("malloc", w.bytes, w.i64), [n_bytes])
+        with b.if_then(b.icmp_unsigned("==", room, w.ir.Constant(w.bytes, None)), likely=False):
+            b.call(w.declare("abort", w.ir.VoidType()), [])  # as ggml does
+        return room
 
     def _give_back(self, room: Any) -> None:
         w, b = self.w, self.w.b
@@ -143,5 +171,4 @@ class Meeting:
                 self._free(room)
 
     def _free(self, room: Any) -> None:
-        w = self.w
-        w.b.call(w.declare("free", w.ir.VoidType(), w.bytes), [w.b.inttoptr(room, w.bytes)])
+        self.free(self.w.b.inttoptr(room, self.w.bytes))

@@ -25,13 +25,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from granite4v.errors import SpeedWarning
-from granite4v.ggml.compiled import attention, products, prompt_products
+from granite4v.ggml.compiled import attention, products
 from granite4v.ggml.compiled import rotary as rotary_embedding
 from granite4v.ggml.compiled.attention import CELLS, FEW, FewRowsAttention
+from granite4v.ggml.compiled.float_products import FloatProducts
 from granite4v.ggml.compiled.meeting import STATE
-from granite4v.ggml.compiled.products import KINDS, MOST_ROWS, Products
+from granite4v.ggml.compiled.products import KINDS, MOST_FLOAT_ROWS
 from granite4v.ggml.compiled.prompt_attention import PromptAttention
-from granite4v.ggml.compiled.prompt_products import LEAST_ROWS, OUTPUTS, PromptProducts
+from granite4v.ggml.compiled.quantized_products import LEAST_OUTPUTS, QuantizedProducts
 from granite4v.ggml.compiled.rotary import Rotary
 from granite4v.ggml.compiled.writer import SCALE_PLACE, Writer, compiled, llvm, version
 from granite4v.ggml.declarations import ALL_THREADS, TensorStruct
@@ -39,7 +40,7 @@ from granite4v.ggml.types import TYPE_IDS, TYPES
 
 # enum ggml_op, include/ggml.h of ggml 0.25.3; a test compares them with the library
 OP_MUL_MAT, OP_ROPE, OP_FLASH_ATTN_EXT, OP_CUSTOM = 29, 48, 74, 95
-REVISION = 3  # of the kernels' results; increase it with every change that alters a bit of them
+REVISION = 4  # of the kernels' results; increase it with every change that alters a bit of them
 BETWEEN_LAYERS = (b"embd", b"l_ou")  # first four bytes of the names of nodes between decoder layers
 
 
@@ -82,7 +83,7 @@ class NodeKernels:
     def most_rows(self) -> int | None:
         """The most rows of a decode step that the kernels for a few rows compute, all with the same values as alone;
         None: no limit."""
-        return min(FEW - 1, MOST_ROWS) if self.is_for_speed else None
+        return min(FEW - 1, MOST_FLOAT_ROWS) if self.is_for_speed else None
 
     @property
     def description(self) -> str:
@@ -103,22 +104,11 @@ class NodeKernels:
 NO_KERNELS = NodeKernels()
 
 
-class NodeState(ctypes.Structure):
-    """The callback's data, which is optional.
-
-    `hook`: the data of another callback, which begins with that callback's address (`between_layers.State`). It is
-    asked about the nodes `BETWEEN_LAYERS`. `is_prompt`: whether the rows are a prompt's. Prompts use the prompt's
-    products from `LEAST_ROWS` rows on, decode steps only above `MOST_ROWS`, so that their rows have the same bits in
-    steps of any size up to there.
-    """
-
-    _fields_ = [("hook", ctypes.c_void_p), ("is_prompt", ctypes.c_int64)]
-
-
 @functools.cache
 def callback(kernels: NodeKernels) -> int:
     """Returns the address of the compiled `ggml_backend_sched_eval_callback`, valid until the process ends. Its data is
-    NULL or a `NodeState`. The first call on a machine takes some tenths of a second."""
+    NULL, or the data of another callback, which begins with that callback's address (`between_layers.State`) and is
+    asked about the nodes `BETWEEN_LAYERS`. The first call on a machine takes some tenths of a second."""
     return int(_compiled(kernels).get_function_address("see"))
 
 
@@ -182,9 +172,8 @@ class _Callback:
         """
         w, cases = self.w, self._cases()
         function = w.begin("see", w.i8, w.bytes, w.i8, w.bytes)
-        node, asks, data = function.args
+        node, asks, hook = function.args
         b = w.b
-        hook = self._state(data)
         leave, begin = function.append_basic_block(), function.append_basic_block()
         is_asked = b.icmp_unsigned("!=", asks, w.integer(0, w.i8))
         b.cbranch(is_asked, begin, leave)
@@ -218,25 +207,6 @@ class _Callback:
         b.ret(b.call(other_callback, [node, asks, hook]))
         return str(w.module)
 
-    def _state(self, data: Any) -> Any:
-        """Reads the callback's data: returns the hook's data, or a null pointer, and sets `is_prompt`."""
-        w, b, none = self.w, self.w.b, self.w.ir.Constant(self.w.bytes, None)
-        before, given, after = b.block, b.function.append_basic_block(), b.function.append_basic_block()
-        b.cbranch(b.icmp_unsigned("!=", data, none), given, after)
-        b.position_at_end(given)
-        fields = [(NodeState.hook, w.bytes, none), (NodeState.is_prompt, w.i64, w.integer(0))]
-        loaded = [w.load(data, w.integer(field.offset), kind, 8) for field, kind, _ in fields]
-        b.branch(after)
-        b.position_at_end(after)
-        found = []
-        for value, (_, kind, default) in zip(loaded, fields, strict=True):
-            found.append(b.phi(kind))
-            found[-1].add_incoming(default, before)
-            found[-1].add_incoming(value, given)
-        hook, is_prompt = found
-        self.is_prompt = b.icmp_signed("!=", is_prompt, w.integer(0))
-        return hook
-
     def _cases(self) -> list[_Case]:
         w, cases = self.w, []
         if self.kernels.attention is not None:
@@ -244,11 +214,11 @@ class _Callback:
                 require = functools.partial(self._require_attention, is_prompt)
                 cases.append(_Case(OP_FLASH_ATTN_EXT, require, writer(w, *self.kernels.attention).write()))
         for kind in self.kernels.products:
-            if kind in prompt_products.KINDS:
-                require = functools.partial(self._require_product, kind, self._require_many)
-                cases.append(_Case(OP_MUL_MAT, require, PromptProducts(w).write(kind), cleared=STATE))
-            require = functools.partial(self._require_product, kind, self._require_few)
-            cases.append(_Case(OP_MUL_MAT, require, Products(w).write(kind)))
+            require = functools.partial(self._require_product, kind)
+            if kind in products.QUANTIZED:
+                cases.append(_Case(OP_MUL_MAT, require, QuantizedProducts(w).write(kind), cleared=STATE))
+            else:
+                cases.append(_Case(OP_MUL_MAT, require, FloatProducts(w).write()))
         if self.kernels.rotary:
             cases.append(_Case(OP_ROPE, self._require_rotary, Rotary(w).write(), rotary_embedding.MOVED))
         return cases
@@ -279,9 +249,7 @@ class _Callback:
         for i in (1, 2):  # no ALiBi (max_bias), no softcap of the logits
             require(b.fcmp_ordered("==", w.field(node, "op_params", i, w.f32), w.number(0.0)))
 
-    def _require_product(
-        self, kind: str, require_rows: Callable[..., None], node: Any, require: Callable[[Any], None]
-    ) -> None:
+    def _require_product(self, kind: str, node: Any, require: Callable[[Any], None]) -> None:
         w, b, equal = self.w, self.w.b, self._equal
         weights, x = (w.field(node, "src", i, w.bytes) for i in range(2))
         require(equal(w.field(weights, "type", kind=w.i32), TYPE_IDS[kind]))
@@ -298,17 +266,11 @@ class _Callback:
         require(equal(w.field(weights, "nb", 1), b.mul(b.sdiv(n_in, w.integer(block)), w.integer(n_bytes))))
         require(equal(w.field(x, "nb", 0), 4))
         require(equal(w.field(node, "nb", 0), 4))
-        require_rows(weights, x, require)
-
-    def _require_few(self, _: Any, x: Any, require: Callable[[Any], None]) -> None:
-        require(self.w.b.icmp_signed("<=", self.w.field(x, "ne", 1), self.w.integer(MOST_ROWS)))
-
-    def _require_many(self, weights: Any, x: Any, require: Callable[[Any], None]) -> None:
-        w, b = self.w, self.w.b
-        least = b.select(self.is_prompt, w.integer(LEAST_ROWS), w.integer(MOST_ROWS + 1))
-        require(b.icmp_signed(">=", w.field(x, "ne", 1), least))
-        require(self._equal(w.field(x, "ne", 2), 1))
-        require(self._equal(b.srem(w.field(weights, "ne", 1), w.integer(OUTPUTS)), 0))
+        if kind in products.QUANTIZED:
+            require(equal(w.field(x, "ne", 2), 1))
+            require(b.icmp_signed(">=", w.field(weights, "ne", 1), w.integer(LEAST_OUTPUTS)))
+        else:
+            require(b.icmp_signed("<=", w.field(x, "ne", 1), w.integer(MOST_FLOAT_ROWS)))
 
     def _require_rotary(self, node: Any, require: Callable[[Any], None]) -> None:
         """Requires plain RoPE on float32. ggml has already checked that positions are int32, frequency factors float32

@@ -155,16 +155,37 @@ class Writer:
         return self.b.shuffle_vector(vector, other, self.integers(places, self.i32))
 
     def transposed(self, rows: Sequence[Any]) -> list[Any]:
-        """Transposes `LANES` vectors of `LANES` 32-bit elements: swaps off-diagonal 8x8 blocks, then 4x4, 2x2, 1x1."""
-        rows, lanes = list(rows), range(LANES)
-        for distance in (8, 4, 2, 1):
-            low = [lane if not lane & distance else LANES + (lane ^ distance) for lane in lanes]
-            high = [lane | distance if not lane & distance else LANES + lane for lane in lanes]
-            for i in lanes:
-                if not i & distance:
-                    pair = rows[i], rows[i + distance]
-                    rows[i], rows[i + distance] = (self.picked(pair[0], places, pair[1]) for places in (low, high))
-        return rows
+        """Columns of 16 rows of 4, 8 or 16 elements: blocks of four elements are gathered from four rows each, and
+        transposed in place, with instructions that most execution units have."""
+        n = rows[0].type.count
+        blocks: list[list[Any]] = [[] for _ in range(n // 4)]
+        for i in range(4):
+            pairs = [(rows[i], rows[4 + i]), (rows[8 + i], rows[12 + i])]
+            if n == LANES:
+                halves = [[*range(first, first + 8), *range(n + first, n + first + 8)] for first in (0, 8)]
+                sources = [[self.picked(a, places, b) for a, b in pairs] for places in halves]
+            else:
+                sources = [[self.picked(a, range(2 * n), b) for a, b in pairs]]
+            n_of_one = len(blocks) // len(sources)
+            for j, block in enumerate(blocks):
+                a, b = sources[j // n_of_one]
+                width, at = a.type.count, 4 * (j % n_of_one)
+                places = [part + at + k for part in range(0, 2 * width, width // 2) for k in range(4)]
+                block.append(self.picked(a, places, b))
+        return [column for block in blocks for column in self._transposed_fours(block)]
+
+    def _transposed_fours(self, rows: Sequence[Any]) -> list[Any]:
+        """Four vectors, transposed in each four of their elements."""
+
+        def both(a: Any, b: Any, low: Sequence[int], high: Sequence[int]) -> list[Any]:
+            fours = range(0, LANES, 4)
+            return [
+                self.picked(a, [at + (place & 3) + LANES * (place >> 2) for at in fours for place in places], b)
+                for places in (low, high)
+            ]
+
+        pairs = [both(rows[i], rows[i + 1], (0, 4, 1, 5), (2, 6, 3, 7)) for i in (0, 2)]
+        return [column for a, b in zip(*pairs, strict=True) for column in both(a, b, (0, 1, 4, 5), (2, 3, 6, 7))]
 
     def fma(self, a: Any, x: Any, y: Any) -> Any:
         """Vector a * x + y, rounded once."""
@@ -183,6 +204,10 @@ class Writer:
         for distance in (8, 4, 2, 1):
             vector = self.larger(vector, self.picked(vector, [lane ^ distance for lane in range(LANES)]))
         return self.b.extract_element(vector, self.integer(0, self.i32))
+
+    def least(self, a: Any, b: Any) -> Any:
+        """Of whole numbers."""
+        return self.b.select(self.b.icmp_signed("<", a, b), a, b)
 
     def total(self, vector: Any) -> Any:
         function = self.declare("llvm.vector.reduce.fadd.v16f32", self.f32, self.f32, self.vector)

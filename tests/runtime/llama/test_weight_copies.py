@@ -15,7 +15,7 @@ import pytest
 from granite4v.errors import DeviceError
 from granite4v.ggml.backend import Arena, Backend, buffer_type_name
 from granite4v.ggml.compiled.nodes import NodeKernels
-from granite4v.ggml.compiled.products import MOST_ROWS
+from granite4v.ggml.compiled.products import MOST_FLOAT_ROWS
 from granite4v.ggml.gguf_file import GgufFile
 from granite4v.runtime.llama.context import BatchRows, LlamaContext
 from granite4v.runtime.llama.model import LlamaModel
@@ -115,9 +115,9 @@ def test_widened_copies_are_for_prompts_and_more_exact(make_model: Callable[...,
         for name in blocks(path)
     )
 
-    tokens = np.random.default_rng(1).integers(0, 200, MOST_ROWS + 1).astype(np.int32)
-    one, short, prompt = (BatchRows.of(tokens[:n], 0, 0, output=True) for n in (1, MANY, MOST_ROWS + 1))
-    step = dataclasses.replace(short, outputs=np.ones(MANY, dtype=bool))  # like drafts, whose logits are all wanted
+    tokens = np.random.default_rng(1).integers(0, 200, MOST_FLOAT_ROWS + 1).astype(np.int32)
+    one, short, prompt = (BatchRows.of(tokens[:n], 0, 0, output=True) for n in (1, MANY, MOST_FLOAT_ROWS + 1))
+    step = dataclasses.replace(short, outputs=np.ones(MANY, dtype=bool))  # drafts, of which all logits are wanted
 
     def run(placement: Placement) -> np.ndarray:
         with open_model(path, placement, n_threads=2) as model, LlamaContext(model, 256, 128, 1) as context:

@@ -1,4 +1,4 @@
-"""Products with the rows of a prompt by the compiled kernels, checked numerically, and the nodes that they take."""
+"""Tests of products of quantized weights with many rows, and of what threads and graphs share for them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import pytest
 from granite4v.ggml.backend import Arena, Backend, set_data
 from granite4v.ggml.compiled.meeting import NEXT, ROOM
 from granite4v.ggml.compiled.nodes import OP_MUL_MAT, NodeKernels, replace
-from granite4v.ggml.compiled.products import MOST_ROWS, step
-from granite4v.ggml.compiled.prompt_products import KINDS, TOP_ROWS
+from granite4v.ggml.compiled.quantized_products import KINDS, MOST_OWN, TOP_ROWS
 from granite4v.ggml.graph import Graph, Tensor
-from tests.helpers.quantized_products import PRODUCTS, drawn_rows, extreme_weights, packed_weights, products, unpacked
+from tests.helpers.quantized_products import PRODUCTS, drawn_rows, packed_weights, products, unpacked
 
 needs_kernel = pytest.mark.skipif(not NodeKernels.available(kinds=KINDS), reason="needs llvmlite and AVX-512 VNNI")
-LEAST = MOST_ROWS + 1  # rows of a prompt
 
 
 @pytest.fixture(params=[1, 3])
@@ -38,7 +36,7 @@ def expected(kind: str, packed: np.ndarray, rows: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("n_in", "n_out", "n_rows"),
-    [(256, 32, LEAST), (768, 96, 72), (2560, 128, TOP_ROWS), (512, 32, 2 * TOP_ROWS + 1), (9728, 64, 100)],
+    [(256, 32, 65), (768, 96, 72), (2560, 128, TOP_ROWS), (512, 32, 2 * TOP_ROWS + 1), (9728, 64, 100)],
 )
 def test_values_are_those_of_the_rounded_rows(backend: Backend, kind: str, n_in: int, n_out: int, n_rows: int) -> None:
     packed, rows = packed_weights(kind, n_out, n_in), drawn_rows(n_rows, n_in)
@@ -49,27 +47,11 @@ def test_values_are_those_of_the_rounded_rows(backend: Backend, kind: str, n_in:
 
 @needs_kernel
 @pytest.mark.parametrize("kind", KINDS)
-def test_integers_at_their_ends(kind: str) -> None:
-    """Every bit is set, with the largest and the smallest scales, and rows have the largest numbers of both signs."""
-    n_in, n_out, backend = step(kind), 32, Backend("cpu", 1)
-    packed = extreme_weights(kind, n_out, n_in)
-    rows = np.ones((LEAST, n_in), np.float32)
-    rows[1], rows[2], rows[3] = -1, 0, np.tile([1.0, -1.0], n_in // 2)
-    try:
-        found, wanted = products(backend, kind, packed, rows), expected(kind, packed, rows)
-    finally:
-        backend.close()
-    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=1e-3)
-    assert np.abs(wanted).max() > 100 and (found[2] == 0).all()
-
-
-@needs_kernel
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_row_depends_on_nothing_beside_it(backend: Backend, kind: str) -> None:
     """Nor on the number of other rows, which decides what is computed together."""
     packed, rows = packed_weights(kind, 96, 1280), drawn_rows(TOP_ROWS + 7, 1280)
     found = products(backend, kind, packed, rows)
-    for part in (slice(100, 100 + LEAST), slice(TOP_ROWS + 7 - 71, None)):
+    for part in (slice(100, 165), slice(TOP_ROWS + 7 - 71, None)):
         assert (products(backend, kind, packed, rows[part].copy()) == found[part]).all()
     assert (products(backend, kind, packed, np.zeros_like(rows)) == 0).all()
 
@@ -80,11 +62,11 @@ def test_what_it_cannot_compute_is_left_to_ggml(kind: str) -> None:
     backend = Backend("cpu", 1)
     graph, arena = Graph(backend, 32), Arena(4)
     try:
-        shapes = [(512, 32, 1), (512, 48, 1), (512, 32, 2)]
+        shapes = [(512, 32, 1), (512, 31, 1), (512, 32, 2)]
         tensors = [Tensor(arena.tensor(kind, *shape)) for shape in shapes]
         arena.allocate(backend.buffer_type, weights=True)
         for number, (tensor, (n_in, _, n)) in enumerate(zip(tensors, shapes, strict=True)):
-            y = graph.matmul(tensor, graph.input(f"x{number}", "F32", n_in, LEAST, n))
+            y = graph.matmul(tensor, graph.input(f"x{number}", "F32", n_in, 65, n))
             assert replace(y.ptr, PRODUCTS) == (number == 0)
     finally:
         graph.close()
@@ -124,19 +106,20 @@ def test_graphs_at_the_same_time_do_not_disturb_each_other() -> None:
             backend.close()
 
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(repeated, ("Q4_K", "Q8_0", "Q4_K"), (LEAST, 400, 300)))
+        list(pool.map(repeated, ("Q4_K", "Q8_0", "Q4_K"), (MOST_OWN, 400, 300)))
 
 
 @needs_kernel
-def test_a_node_is_computed_again_and_again(backend: Backend) -> None:
+@pytest.mark.parametrize("n_rows", [1, MOST_OWN, MOST_OWN + 1, 65])
+def test_a_node_is_computed_again_and_again(backend: Backend, n_rows: int) -> None:
     """What the threads share is cleared after each run."""
-    packed, rows = packed_weights("Q4_K", 64, 512), drawn_rows(LEAST, 512)
+    packed, rows = packed_weights("Q4_K", 64, 512), drawn_rows(n_rows, 512)
     graph, arena = Graph(backend, 8), Arena(1)
     try:
         weights = arena.tensor("Q4_K", 512, 64)
         arena.allocate(backend.buffer_type, weights=True)
         set_data(weights, packed)
-        y = graph.matmul(Tensor(weights), graph.input("x", "F32", 512, LEAST))
+        y = graph.matmul(Tensor(weights), graph.input("x", "F32", 512, n_rows))
         assert replace(y.ptr, PRODUCTS)
         graph.output("y", graph.scale(y, 1.0))
         found = [graph.run(x=rows)["y"] for _ in range(5)]
