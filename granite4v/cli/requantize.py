@@ -36,7 +36,8 @@ def requantize(
 ) -> None:
     """Write a model's vision file in another weight type.
 
-    From then on, the new file is used instead of the one it was made from, which is kept; --mmproj selects another one.
+    In a model directory, the new file is used from then on instead of the one it was made from, which is kept; --mmproj
+    selects another one. A second such file beside the first is not written: the model would not load any more.
     """
     from granite4v import converter
     from granite4v.converter import policy

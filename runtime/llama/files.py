@@ -240,7 +240,7 @@ def _resolve(
 _NAMES = {"text": "text model", "vision": "vision file (mmproj)", "adapter": "LoRA adapter"}
 _OPTIONS = {
     "text": "give the text GGUF itself instead of the directory",
-    "vision": "choose one with '--mmproj'",
+    "vision": "choose one with '--mmproj' (mmproj= in Python), or remove the others",
     "adapter": "remove all but one",
 }
 
