@@ -60,3 +60,13 @@ def test_a_second_file_beside_the_first_is_not_written(make_model: Callable[...,
     assert run(folder, "--vision-type", "Q6_K")[0] == 0
     with ModelFiles.open(folder) as files:
         assert files.vision is not None and files.vision.path.name == "mmproj-Q6_K.gguf"
+
+
+def test_quantizing_twice_is_warned_of(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    eight = make_model(PRESETS["tiny"], "F32", "Q8_0") / "mmproj-Q8_0.gguf"
+    status, _, stderr = run(eight, "--vision-type", "q6_k", "--out", tmp_path)
+    message = f"warning: '{eight}' is quantized to Q8_0 already; the new file keeps that error and Q6_K adds another. "
+    assert status == 0 and stderr.startswith(message)
+    assert "keeps that error. An F16" in run(eight, "--vision-type", "F16", "--out", tmp_path)[2]
+    half = make_model(PRESETS["tiny"], "F32", "F16") / "mmproj-F16.gguf"
+    assert "warning" not in run(half, "--vision-type", "Q6_K", "--out", tmp_path, "--force")[2]
