@@ -27,6 +27,7 @@ MODE = "RGB"
 ORIENTATION = 0x0112  # EXIF and TIFF tag
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SUBFILE_TYPE = 258, 262, 254  # TIFF tags
 _WHITE_IS_ZERO = 0
+_ANIMATED = ("GIF", "PNG", "WEBP")  # in other formats, frames are pages, or sizes of one image
 _SHORT = 3  # EXIF type of two bytes
 NOT_A_PAGE = 0b101  # bits of a TIFF frame's subfile type: a smaller copy of another page, or a mask
 # Pillow needs 32 bytes per pixel of a side that it scales: gigabytes for a line of 80 million pixels, which its own
@@ -121,7 +122,7 @@ def open_rgb(source: ImageSource, name: str | None = None, *, as_reference: bool
     that contains all values, or else from their minimum to their maximum. `as_reference` clips values above 255 to
     white instead, as Pillow and transformers do, for comparison with them.
 
-    Warns (ImageWarning) about a TIFF with more than one page, a guessed range, and clipped values.
+    Warns (ImageWarning) about a TIFF with more than one page, an animation, a guessed range, and clipped values.
 
     Raises ImageError for an image that is missing, empty, not an image, cut short or larger than MAX_FILE_BYTES, or has
     so many pixels that it is probably a decompression bomb (limits: `PIL.Image.MAX_IMAGE_PIXELS`, and MAX_SIDE_PX for a
@@ -139,6 +140,8 @@ def open_rgb(source: ImageSource, name: str | None = None, *, as_reference: bool
             image.load()
         if isinstance(source, bytes) and image.format == "TIFF":
             _warn_of_more_pages(source, name)
+        if isinstance(source, bytes) and image.format in _ANIMATED and _is_animated(source):
+            warnings.warn(f"{name} is animated; only its first frame is read.", ImageWarning, stacklevel=3)
         return _to_rgb(_upright(image), image, name, as_reference=as_reference)
     except ImageError:
         raise
@@ -272,8 +275,7 @@ def _orientation_in(exif: bytes) -> int:
 
 
 def _warn_of_more_pages(data: bytes, name: str) -> None:
-    """Warns about a TIFF with more than one page. In other formats, frames are steps of an animation or sizes of one
-    image, so those are not checked."""
+    """Warns about a TIFF with more than one page."""
     n_pages = count_tiff_pages(data, _MOST_PAGES + 1)
     if n_pages > 1:
         found = f"{n_pages:,} pages" if n_pages <= _MOST_PAGES else f"more than {_MOST_PAGES:,} pages"
@@ -282,6 +284,15 @@ def _warn_of_more_pages(data: bytes, name: str) -> None:
             ImageWarning,
             stacklevel=4,
         )
+
+
+def _is_animated(data: bytes) -> bool:
+    try:
+        with warnings.catch_warnings(), PIL.Image.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("ignore")
+            return bool(getattr(image, "is_animated", False))
+    except Exception:  # damage after the first frame, which is all that is read
+        return False
 
 
 def count_tiff_pages(data: bytes, enough: int) -> int:

@@ -7,6 +7,7 @@ weights is therefore the same as that of a conversion.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -52,8 +53,8 @@ def requantize(
 
     `source`: a vision file, or a model directory with one. `out`: a file, or a directory for it; by default the
     directory of the source. `force`: replace `out`. Raises Granite4vError for an unknown type, ModelFileError for a
-    file that cannot be quantized, OutputError for a target that exists or cannot be written. No partial output is left
-    behind, not even on an interrupt.
+    file that cannot be quantized, OutputError for a target that exists or cannot be written, or with which a model
+    directory would have two vision files to choose from. No partial output is left behind, not even on an interrupt.
     """
     vision_type = policy.check_vision_type(vision_type)
     path = find_vision_file(Path(source))
@@ -61,6 +62,7 @@ def requantize(
         target = _target(path, vision_type, None if out is None else Path(out))
         planned = replace(plan_file(file, vision_type), name=target.name)
     check_target(path, target, force)
+    check_choice(path, target)
     check_space(target, planned.data_bytes)
     done_bytes = 0
 
@@ -131,6 +133,33 @@ def check_target(source: Path, target: Path, force: bool) -> None:
         raise OutputError(f"'{target}' is {what}; give another file with --out.")
     if not force:
         raise OutputError(f"'{target}' exists; give another file with --out, or --force to replace it.")
+
+
+def check_choice(source: Path, target: Path) -> None:
+    """Raises OutputError if the target would be the second vision file to choose from in a model's folder, which could
+    then not be loaded any more. A folder with several originals cannot be loaded anyway."""
+    files, has_text = _parts(target.parent)
+    others = [file for file in files if file.name != target.name]
+    made_from = {file.name: requantized(file) for file in others} | {target.name: source.name}
+    rivals = [file.name for file in others if file.name not in made_from.values()]
+    if not has_text or not rivals or not (len(rivals) == 1 or any(made_from[name] for name in rivals)):
+        return
+    names = ", ".join(f"'{name}'" for name in rivals)
+    its = "that file" if len(rivals) == 1 else "those files"
+    raise OutputError(
+        f"'{target.parent}' contains {names} already; with '{target.name}' beside it, the model would have more than "
+        f"one vision file to choose from, and not load. Remove {its} first, or write elsewhere with --out (out= in "
+        "Python)."
+    )
+
+
+def _parts(folder: Path) -> tuple[list[Path], bool]:
+    """The vision files of a folder, and whether it has a text model. Damaged files are left out."""
+    roles: dict[Path, str] = {}
+    for path in gguf_files(folder) if folder.is_dir() else []:
+        with contextlib.suppress(ModelFileError), GgufFile.open(path) as file:
+            roles[path] = role(file)
+    return [path for path, one in roles.items() if one == "vision"], "text" in roles.values()
 
 
 def _is_vision(path: Path) -> bool:

@@ -219,8 +219,13 @@ def find_model(
 
     A `Path` is never a hub name. `report` gets a line about each step that takes time; `written` and `pulled` follow
     the progress of conversions and downloads. Raises HubError for a name that the hub does not have or cannot be asked
-    for, ModelFileError for a name that is neither a path nor a hub id, CheckpointError and OutputError.
+    for, ModelFileError for a name that is neither a path nor a hub id, TypeError for what is no name at all,
+    CheckpointError and OutputError.
     """
+    if not isinstance(name, str | Path | None):
+        raise TypeError(
+            f"the model is {name!r:.60}; expected a path, the name of a model, or None for the embedded one."
+        )
     if name is None or is_embedded(name):
         return embedded_model(report, written)
     if isinstance(name, Path) or _is_path(name):

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import numpy as np
 
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from granite4v.clip_projector.cross_features import CrossFeatures
     from granite4v.runtime.grammar import Compiler, Grammar, GrammarState
     from granite4v.runtime.options import GenerationFields
+
+    Images: TypeAlias = Sequence[ImageSource] | ImageSource | None
 
 
 class Model:
@@ -188,16 +190,14 @@ class Model:
         self.files.need_vision()
         return self.engine.encode(clip_projector.load_image(source), progress)
 
-    def logits(
-        self, prompt: PromptLike | Prompt, images: Sequence[ImageSource] | ImageSource = (), *, lora: bool | None = None
-    ) -> np.ndarray:
+    def logits(self, prompt: PromptLike | Prompt, images: Images = (), *, lora: bool | None = None) -> np.ndarray:
         """Logits of the token after the chat prompt, float32 `(n_vocab,)`."""
         return self._score(prompt, images, (), lora)[0]
 
     def score(
         self,
         prompt: PromptLike | Prompt,
-        images: Sequence[ImageSource] | ImageSource = (),
+        images: Images = (),
         *,
         tokens: Sequence[int],
         lora: bool | None = None,
@@ -223,7 +223,7 @@ class Model:
     def generate(
         self,
         prompt: PromptLike | Prompt,
-        images: Sequence[ImageSource] | ImageSource = (),
+        images: Images = (),
         *,
         options: GenerationOptions | None = None,
         cancel: Cancel | None = None,
@@ -246,7 +246,7 @@ class Model:
     def stream(
         self,
         prompt: PromptLike | Prompt,
-        images: Sequence[ImageSource] | ImageSource = (),
+        images: Images = (),
         *,
         options: GenerationOptions | None = None,
         cancel: Cancel | None = None,
@@ -313,7 +313,7 @@ class Model:
     def prepare(
         self,
         prompt: PromptLike | Prompt,
-        images: Sequence[ImageSource] | ImageSource = (),
+        images: Images = (),
         *,
         progress: Progress | None = None,
         template_variables: Mapping[str, Any] | None = None,
@@ -444,7 +444,7 @@ def _warnings(files: ModelFiles) -> list[str]:
 
 
 def _as_list(images: Any) -> list[Any]:
-    """Wraps a single image, which may be given without a list around it."""
-    if isinstance(images, list | tuple):
-        return list(images)
+    """The images of an argument: a list or tuple, a single image without a list around it, or None for no images."""
+    if images is None or isinstance(images, list | tuple):
+        return list(images or ())
     return [images]

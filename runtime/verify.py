@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,8 @@ from granite4v.clip_projector.pixels import normalize
 from granite4v.clip_projector.tiles_canvas import cut_canvas
 from granite4v.clip_projector.views import View
 from granite4v.errors import CheckpointError, DeviceError, Granite4vError
-from granite4v.families.registry import Family, family_named
+from granite4v.families.registry import Family, family_named, family_of_checkpoint
+from granite4v.families.text import text_architecture, text_section
 from granite4v.runtime.model import Model
 
 Report = Callable[[str], None]
@@ -116,10 +118,27 @@ def verify(
 
 
 def _reference(model: Model, directory: Path, dtype: str, adapter: Path | None) -> _Reference:
+    _check_origin(model, directory)
     config = model.files.vision_config
     if config is not None and config.frame is not None:
         return _PartsReference(directory, dtype, adapter, _family(model), config)
     return _Reference(directory, dtype, adapter, _family(model))
+
+
+def _check_origin(model: Model, directory: Path) -> None:
+    """Raises CheckpointError for a checkpoint of another family, or with another decoder, than the model's."""
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+        theirs, decoder = family_of_checkpoint(config).name, text_architecture(text_section(config)).arch
+    except (OSError, ValueError, AttributeError, Granite4vError):  # reported when it is loaded
+        return
+    family, own = _family(model), model.files.architecture
+    if decoder != own or (family is not None and theirs != family.name):
+        raise CheckpointError(
+            f"the model was not converted from '{directory}', whose family is {theirs} with the decoder {decoder}; "
+            f"found {family.name if family else 'no vision file'} with {own} in the model. Give the checkpoint that "
+            "it was converted from."
+        )
 
 
 def _family(model: Model) -> Family | None:

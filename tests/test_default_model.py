@@ -403,3 +403,10 @@ def test_extract_hands_every_argument_on(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("granite4v.runtime.extract.extract", record)
     granite4v.extract(**given)  # type: ignore[arg-type]
     assert found == given
+
+
+def test_a_model_that_is_no_path() -> None:
+    with pytest.raises(TypeError, match="^the model is 5; expected a path, the name of a model, or None"):
+        granite4v.load(5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="^the path of the model is 5; expected text or a Path"):
+        granite4v.Model.load(5)  # type: ignore[arg-type]

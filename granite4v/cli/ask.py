@@ -21,6 +21,7 @@ from granite4v.errors import ImageWarning
 if TYPE_CHECKING:
     from granite4v.clip_projector import Video
     from granite4v.runtime import Answer
+    from granite4v.runtime.prompt.spans import Prompt
 
 
 @grouped
@@ -36,12 +37,16 @@ def ask(
     system: options.SystemOption = None,
     max_tokens: options.MaxTokensOption = 512,
     sampling: SamplingOptions,
+    unconstrained: options.UnconstrainedOption = False,
     page_store: options.PageStoreOption = True,
     password: options.PasswordOption = None,
     no_stream: options.NoStreamOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Ask one question about one or more images, pages of PDFs, or videos.
+
+    If PROMPT is a task tag that the model knows, the answer is constrained to the format of the task, as in 'chat' and
+    'extract'. An answer that is cut off at --max-tokens is closed so that it still has that format.
 
     Only the answer goes to stdout; progress, timings and warnings go to stderr. The KV cache of the images is kept on
     disk, private to the user, so that the next question about them is answered without processing them again.
@@ -53,11 +58,13 @@ def ask(
         given, frames_of = open_images(images or []), _open_videos(videos or [], frames, fps)
         with loading.load(loading.find(), progress, page_store=page_store) as loaded:
             pictures = render_pages(given, loaded, password)
+            messages = _messages(prompt, len(pictures), len(frames_of), system)
+            prepared = loaded.prepare(messages, [*pictures, *frames_of], progress=progress.stage)
             stream = loaded.stream(
-                _messages(prompt, len(pictures), len(frames_of), system),
-                [*pictures, *frames_of],
+                prepared,
                 max_tokens=max_tokens,
                 **asdict(sampling),
+                **({} if unconstrained else _task_options(prompt, prepared)),
                 lora=lora,
                 progress=progress.stage,
             )
@@ -91,6 +98,18 @@ def _messages(prompt: str, n_images: int, n_videos: int, system: str | None) -> 
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
+def _task_options(text: str, prompt: Prompt) -> dict[str, Any]:
+    """How `chat` answers a task tag: in the format of the task, and stopped when rows repeat. Empty for any other text,
+    and for a tag that the model's chat template left in the prompt, as it does not know the task."""
+    from granite4v.runtime.formats.task_grammar import grammar_for
+    from granite4v.runtime.formats.tasks import TASKS
+
+    task = next((task for task in TASKS.values() if task.tag == text.strip()), None)
+    if task is None or task.tag is None or task.tag in prompt.text:
+        return {}
+    return {"constraint": grammar_for(task.name), "repetition": task.name}
+
+
 def _finish(answer: Answer, *, as_json: bool, is_printed: bool) -> None:
     """Prints the answer if it was not streamed; then, on stderr, whether it was cut off and how long it took."""
     timings = answer.timings
@@ -101,10 +120,14 @@ def _finish(answer: Answer, *, as_json: bool, is_printed: bool) -> None:
     elif not answer.text.endswith("\n"):
         print()
     if answer.finish_reason == "length":
+        closed = " and closed in the format of its task" if answer.closing is not None else ""
         print(
-            f"the answer was cut off after {plural(len(answer.tokens), 'token')}; raise --max-tokens to allow more",
+            f"the answer was cut off after {plural(len(answer.tokens), 'token')}{closed}; raise --max-tokens to allow "
+            "more",
             file=sys.stderr,
         )
+    elif answer.finish_reason == "repetition":
+        print("the answer began to repeat itself and was stopped", file=sys.stderr)
     stored = f", {timings.n_stored:,} from stored pages" if timings.n_stored else ""
     note(
         f"{plural(timings.n_prompt, 'prompt token')} ({timings.n_image:,} of images{stored}): "

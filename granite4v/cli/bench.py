@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,10 +138,9 @@ def report(runs: list[Timings], settings: dict[str, Any], together: Sequence[Tog
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, Any]:
     """The median and, for several values, the minimum and the maximum."""
-    ordered = sorted(values)
-    found: dict[str, Any] = {name: round(ordered[len(ordered) // 2], 3)}
-    if len(ordered) > 1:
-        found[f"{name}_range"] = [round(ordered[0], 3), round(ordered[-1], 3)]
+    found: dict[str, Any] = {name: round(statistics.median(values), 3)}
+    if len(values) > 1:
+        found[f"{name}_range"] = [round(min(values), 3), round(max(values), 3)]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import typer
@@ -32,6 +33,11 @@ def convert(
 
     Writes a text file and a vision file to OUT and, with --lora separate, an adapter file.
     """
+    if revision is not None and os.path.exists(os.path.expanduser(source)):
+        raise typer.BadParameter(
+            f"'{source}' is a local path, which has no revisions; give a hub id with it, or leave it out.",
+            param_hint="--revision",
+        )
     from granite4v import converter, default_model
     from granite4v.errors import Granite4vError
 
@@ -43,6 +49,8 @@ def convert(
     except Granite4vError as error:
         raise typer.BadParameter(str(error)) from None
     if default_model.is_embedded(source):
+        if revision is not None:
+            raise typer.BadParameter("the embedded model has no revisions; leave it out.", param_hint="--revision")
         source = str(default_model.checkpoint_folder())
     with Progress(delay_s=0.5) as progress:
         if dry_run:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from granite4v.cli import options
+from granite4v.cli.outcome import EXIT_FAILURE
 from granite4v.cli.progress import Progress
 from granite4v.cli.streams import to_json
 from granite4v.cli.terminal import clean, date
@@ -48,16 +49,31 @@ def pull(names: options.HubNamesArgument, revision: options.RevisionOption = Non
     """Fetch models, or newer versions of them, from the hub into the models folder.
 
     Interrupted downloads resume where they stopped. GGUF files are kept as they are; a checkpoint is converted, and the
-    quantization in HUB_ID is the weight type of its text model.
+    quantization in HUB_ID is the weight type of its text model. If a model fails, the others are still fetched.
     """
     from granite4v import default_model, models
+    from granite4v.errors import Granite4vError
 
-    wanted = [default_model.hub_name(name) for name in names]
+    failed: list[str] = []
     with Progress(delay_s=0.5) as progress:
-        for name in wanted:
-            model = default_model.pull_model(name, progress.note, progress.written, progress.pulled, revision=revision)
+        for text in names:
+            try:
+                name = default_model.hub_name(text)
+                model = default_model.pull_model(
+                    name, progress.note, progress.written, progress.pulled, revision=revision
+                )
+            except Granite4vError as error:
+                if len(names) == 1:
+                    raise
+                failed.append(text)
+                progress.clear()
+                typer.echo(f"granite4v: '{text}': {clean(str(error))}", err=True)
+                continue
             progress.clear()
             typer.echo(f"{model.name}  {models.size(model.manifest.n_bytes)}  {model.path}")
+    if failed:
+        typer.echo(f"granite4v: {len(failed)} of {len(names)} models failed: {', '.join(failed)}", err=True)
+        raise typer.Exit(EXIT_FAILURE)
 
 
 def remove(names: options.PulledNamesArgument) -> None:

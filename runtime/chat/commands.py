@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -201,6 +202,8 @@ def _pages(chat: Chat, text: str, display: Display) -> None:
 
 def _page(chat: Chat, text: str) -> ChatPage:
     pages = chat.conversation.pages
+    if not pages:
+        raise ChatError("no page is attached; '/attach FILE' attaches one.")
     if not text.isdecimal() or not 1 <= int(text[:9]) <= len(pages):
         raise ChatError(f"there is no page '{shown(text)}' here; /pages lists them, from 1 to {len(pages)}.")
     return pages[int(text) - 1]
@@ -280,6 +283,11 @@ def _copy(chat: Chat, text: str, display: Display) -> None:
     first = words(text)[:1]
     if first and first[0].value in COPY_FORMATS:
         form, rest = first[0].value, text[first[0].end :]
+    elif len(words(text)) == 1 and not re.search(r"[./\\~]", first[0].value):
+        raise ChatError(
+            f"'{shown(first[0].value)}' is no format that '/copy' knows; the formats are {', '.join(COPY_FORMATS)}. "
+            "For a file of that name, give the format before it."
+        )
     content, what = to_copy(chat.conversation.turns, form)
     if not rest.strip():
         display.copy(content)

@@ -95,8 +95,8 @@ def load(path: Path, read_page: ReadPage) -> Loaded:
         if len(content["pages"]) > MAX_PAGES:
             raise ChatError(f"'{shown(str(path))}' has {len(content['pages']):,} pages; expected at most {MAX_PAGES}.")
         for page in content["pages"]:
-            saved_path, number = _text(page["path"]), _whole(page["number"], least=1)
-            of_video = {"n_frames": _whole(page["n_frames"])} if "n_frames" in page else {}
+            saved_path, number = _text(page, "path"), _whole(page["number"], "the number of a page", least=1)
+            of_video = {"n_frames": _whole(page["n_frames"], "n_frames")} if "n_frames" in page else {}
             try:
                 found = read_page(saved_path, number, **of_video)
             except Granite4vError as error:
@@ -109,11 +109,11 @@ def load(path: Path, read_page: ReadPage) -> Loaded:
                 )
             read.append(found)
         turns = [_read_turn(turn, read) for turn in content["turns"]]
-        waiting = [page for page in (read[_whole(i)] for i in content["waiting"]) if page is not None]
-        chosen = None if content["chosen"] is None else read[_whole(content["chosen"])]
-        system = None if content["system"] is None else _text(content["system"])
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ChatError(f"'{shown(str(path))}' is damaged ({error!r:.80}); it is not loaded.") from None
+        waiting = [page for page in (_place(read, i) for i in content["waiting"]) if page is not None]
+        chosen = None if content["chosen"] is None else _place(read, content["chosen"])
+        system = None if content["system"] is None else _text(content, "system")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ChatError(f"'{shown(str(path))}' is damaged: {_reason(error)}. It is not loaded.") from None
     except ConstraintError as error:
         raise ChatError(f"'{shown(str(path))}' holds an invalid schema: {error}") from None
     return Loaded(Conversation(system, turns, waiting, chosen), tuple(notes))
@@ -142,30 +142,50 @@ def _content(path: Path) -> Mapping[str, Any]:
 
 def _read_turn(turn: Mapping[str, Any], pages: list[ChatPage | None]) -> Turn:
     question = _question(turn)
-    about = None if turn["about"] is None else pages[_whole(turn["about"])]
-    own = tuple(page for i in turn["pages"] if (page := pages[_whole(i)]) is not None)
+    about = None if turn["about"] is None else _place(pages, turn["about"])
+    own = tuple(page for i in turn["pages"] if (page := _place(pages, i)) is not None)
     reason = turn["finish_reason"]
     if reason not in _REASONS:
-        raise ValueError(reason)
-    return Turn(question, own, _text(turn["answer"]), reason, about)
+        raise _Damage(f"finish_reason is {reason!r:.40}; expected {', '.join(_REASONS)}")
+    return Turn(question, own, _text(turn, "answer"), reason, about)
 
 
 def _question(turn: Mapping[str, Any]) -> Question:
-    task = find_task(_text(turn["task"]))
+    task = find_task(_text(turn, "task"))
     if turn["schema"] is not None:
-        return schema_question(dict(turn["schema"]))
-    text = _text(turn["question"])
+        if not isinstance(turn["schema"], dict):
+            raise _Damage(f"schema is {turn['schema']!r:.40}; expected an object")
+        return schema_question(turn["schema"])
+    text = _text(turn, "question")
     return Question(text, task.name, constraint=grammar_for(task.name) if task.rule is not None else None)
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(value)
-    return value
+class _Damage(ValueError):
+    """What is wrong with a file, in words."""
 
 
-def _whole(value: Any, least: int = 0) -> int:
-    """An index or, with `least` 1, a page number."""
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"'{shown(str(error.args[0]))}' is missing"
+    if isinstance(error, _Damage | Granite4vError):
+        return str(error).rstrip(".")
+    return "an entry has a different type than expected"  # Python's own message would name no entry
+
+
+def _text(entry: Mapping[str, Any], name: str) -> str:
+    if not isinstance(entry[name], str):
+        raise _Damage(f"{name} is {entry[name]!r:.40}; expected text")
+    return str(entry[name])
+
+
+def _whole(value: Any, what: str, least: int = 0) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise TypeError(value)
+        raise _Damage(f"{what} is {value!r:.40}; expected an integer of {least} or more")
     return value
+
+
+def _place(pages: list[ChatPage | None], index: Any) -> ChatPage | None:
+    """The page with an index. Raises _Damage."""
+    if _whole(index, "the index of a page") >= len(pages):
+        raise _Damage(f"the index of a page is {index}, but there are {len(pages)} pages")
+    return pages[index]

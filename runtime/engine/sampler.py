@@ -7,8 +7,10 @@ Filters in llama.cpp's order: repeat penalty, top-k, top-p, min-p, temperature.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +24,8 @@ _LEAST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).
 class Sampling:
     """How tokens are sampled. Temperature 0 is greedy decoding; every other filter is off by default.
 
-    `repeat_penalty` divides positive and multiplies negative logits of the last `repeat_last_n` tokens.
+    `repeat_penalty` divides positive and multiplies negative logits of the last `repeat_last_n` tokens. Raises
+    TypeError for a value that is no number, ArgumentError for one out of range.
     """
 
     temperature: float = 0.0
@@ -34,6 +37,12 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repeat_penalty"):
+            _check_type(name, getattr(self, name), numbers.Real, "a number")
+        for name in ("top_k", "repeat_last_n"):
+            _check_type(name, getattr(self, name), numbers.Integral, "an integer")
+        if self.seed is not None:
+            _check_type("seed", self.seed, numbers.Integral, "an integer or None")
         limits = (
             ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
@@ -46,6 +55,11 @@ class Sampling:
         for name, fits, expected in limits:
             if not fits:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; expected {expected}.")
+
+
+def _check_type(name: str, value: Any, kind: type, expected: str) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r:.60}; expected {expected}.")
 
 
 class Sampler:

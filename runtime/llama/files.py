@@ -59,7 +59,9 @@ class ModelFiles:
         """Opens the files of a model directory or of a text GGUF. Raises ModelFileError when they
         do not fit together."""
         left_out: list[ModelFileError] = []
-        files = cls(*_resolve(Path(path), _path(mmproj), _path(adapter), left_out))
+        files = cls(
+            *_resolve(_path(path, "model"), _optional(mmproj, "mmproj"), _optional(adapter, "adapter"), left_out)
+        )
         files.left_out = left_out
         try:
             files._check()
@@ -180,8 +182,14 @@ class ModelFiles:
         self.close()
 
 
-def _path(value: str | Path | None) -> Path | None:
-    return None if value is None else Path(value)
+def _path(value: str | Path, name: str) -> Path:
+    if not isinstance(value, str | Path):
+        raise TypeError(f"the path of the {name} is {value!r:.60}; expected text or a Path.")
+    return Path(value)
+
+
+def _optional(value: str | Path | None, name: str) -> Path | None:
+    return None if value is None else _path(value, name)
 
 
 def _resolve(
@@ -240,7 +248,7 @@ def _resolve(
 _NAMES = {"text": "text model", "vision": "vision file (mmproj)", "adapter": "LoRA adapter"}
 _OPTIONS = {
     "text": "give the text GGUF itself instead of the directory",
-    "vision": "choose one with '--mmproj'",
+    "vision": "choose one with '--mmproj' (mmproj= in Python), or remove the others",
     "adapter": "remove all but one",
 }
 

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 import granite4v
 from granite4v.cli.main import app
+from granite4v.runtime import formats
 from granite4v.runtime.documents import Page, open_pages
 from tests.helpers.pictures import noise_picture, text_picture
 from tests.toy.spec import PRESETS
@@ -69,6 +70,29 @@ def test_the_same_answer_complete_or_as_json(folder: Path, page: Path, answer: g
         assert document["finish_reason"] == "length"
     else:
         assert result.stdout == answer.text + "\n"
+
+
+def test_the_answer_to_a_task_tag_has_its_format(folder: Path, page: Path) -> None:
+    """Cut off, it is closed and said to be; with --unconstrained, it is what the model writes."""
+    with granite4v.load(folder) as model:
+        free = model.generate("<tables_otsl>", [page], max_tokens=12).text
+        expected = {
+            tag: model.generate(
+                f"<{tag}>", [page], max_tokens=12, constraint=granite4v.grammar_for(tag), repetition=tag
+            )
+            for tag in ("tables_otsl", "chart2code")
+        }
+    for tag, answer in expected.items():
+        result = run("ask", page, f"<{tag}>", "--model", folder, "--max-tokens", 12)
+        assert (result.exit_code, result.stdout) == (0, f"{answer.text}\n")
+        n_tokens, closed = len(answer.tokens), answer.closing is not None
+        how = " and closed in the format of its task" if closed else ""
+        assert closed == (tag != "chart2code")
+        assert f"the answer was cut off after {n_tokens} tokens{how}; raise --max-tokens to allow more" in result.stderr
+        if closed:
+            formats.read(tag, result.stdout)
+    loose = run("ask", page, " <tables_otsl>", "--model", folder, "--max-tokens", 12, "--unconstrained")
+    assert loose.stdout == f"{free}\n" != f"{expected['tables_otsl'].text}\n" and "closed" not in loose.stderr
 
 
 def test_an_image_from_stdin(folder: Path, page: Path, answer: granite4v.Answer) -> None:

@@ -71,7 +71,7 @@ def test_tokens_of_answers_at_once_are_those_of_all_by_the_time_of_all_steps() -
         "n": 2,
         "decode_tok_s": 20.0,
         "decode_tok_s_range": [20.0, 20.0],
-        "ratio": 4.0,
+        "ratio": 3.0,
         "ratio_range": [2.0, 4.0],
         "n_steps": 32,
         "predicted": [10, 30],
@@ -102,3 +102,4 @@ def test_the_report_has_medians_and_spread() -> None:
     assert (found["encode_s"], found["encode_s_range"], found["decode_tok_s"]) == (2.0, [1.0, 3.0], 2.0)
     assert (found["prefill_s"], found["prompt_tokens"], found["settings"]) == (1.0, 9, {"n_threads": 2})
     assert "encode_s_range" not in report(runs[:1], {})
+    assert report(runs[:2], {})["encode_s"] == 2.0  # the mean of 1 and 3

@@ -96,6 +96,12 @@ def test_one_tensor_is_not_several(make_checkpoint: Callable[[CheckpointSpec], P
     assert "note: text-Q4_K_M.gguf: 1 tensor is F16, for rows of 176 are not whole blocks of " in stderr
 
 
+def test_a_revision_of_a_directory_is_wrong_usage(tmp_path: Path) -> None:
+    status, stdout, stderr = run(tmp_path, tmp_path / "out", "--revision", "v2")
+    assert (status, stdout) == (2, "") and "which has no revisions" in " ".join(stderr.replace("│", " ").split())
+    assert run("nano", tmp_path / "out", "--revision", "v2")[0] == 2 and not (tmp_path / "out").exists()
+
+
 def test_a_failure_is_one_message_and_status_1(tmp_path: Path) -> None:
     status, stdout, stderr = run(tmp_path, tmp_path / "out")
     assert (status, stdout) == (1, "")

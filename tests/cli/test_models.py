@@ -100,6 +100,14 @@ def test_pull_prints_the_model_and_its_folder(hub: Hub, folder: Path, pair: dict
     assert len(hub.downloads(VISION)) == 1
 
 
+def test_a_pull_that_fails_does_not_stop_the_others(hub: Hub, folder: Path, pair: dict[str, bytes]) -> None:
+    hub.add("ibm/tiny-GGUF", pair)
+    status, stdout, stderr = Command(hub, folder)("models", "pull", "ibm/none", "ibm/tiny-GGUF", "tiny")
+    assert (status, stdout) == (1, f"ibm/tiny-GGUF:Q4_K_M  7.3 MB  {folder / 'ibm--tiny-GGUF--Q4_K_M'}\n")
+    assert "granite4v: 'ibm/none': " in stderr and "granite4v: 'tiny': 'tiny' does not exist, and it is no" in stderr
+    assert stderr.endswith("granite4v: 2 of 3 models failed: ibm/none, tiny\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_pull_that_was_ended_goes_on(hub: Hub, folder: Path, pair: dict[str, bytes], number: signal.Signals) -> None:
     hub.add("ibm/tiny-GGUF", pair)

@@ -7,11 +7,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from typer.testing import CliRunner
 
 from granite4v.cli.main import app
-from granite4v.errors import ModelFileError
 from granite4v.runtime.llama.files import ModelFiles
 from tests.toy.checkpoint import PRESETS
 
@@ -44,12 +42,31 @@ def test_a_wrong_type_or_none_is_wrong_usage(tmp_path: Path) -> None:
     assert run(tmp_path)[0] == 2
 
 
-def test_a_second_file_of_the_same_source_is_pointed_out(make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_second_file_beside_the_first_is_not_written(make_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = shutil.copytree(make_model(PRESETS["tiny"], "F32", "F16"), tmp_path / "model")
-    assert "note:" not in run(folder, "--vision-type", "Q8_0")[2]
-    stderr = run(folder, "--vision-type", "Q6_K")[2]
-    assert stderr.endswith(f"note: '{folder}' also has mmproj-Q8_0.gguf; choose one with --mmproj\n")
-    with pytest.raises(ModelFileError, match="more than one vision file"):
-        ModelFiles.open(folder)
-    (folder / "mmproj-Q8_0.gguf").unlink()
+    assert run(folder, "--vision-type", "Q8_0")[0] == 0
+    before = sorted(folder.iterdir())
+    for more in ([], ["--force"]):
+        assert run(folder, "--vision-type", "Q6_K", *more) == (
+            1,
+            "",
+            f"granite4v: '{folder}' contains 'mmproj-Q8_0.gguf' already; with 'mmproj-Q6_K.gguf' beside it, the model "
+            "would have more than one vision file to choose from, and not load. Remove that file first, or write "
+            "elsewhere with --out (out= in Python).\n",
+        )
+    assert sorted(folder.iterdir()) == before
     ModelFiles.open(folder).close()
+    (folder / "mmproj-Q8_0.gguf").unlink()
+    assert run(folder, "--vision-type", "Q6_K")[0] == 0
+    with ModelFiles.open(folder) as files:
+        assert files.vision is not None and files.vision.path.name == "mmproj-Q6_K.gguf"
+
+
+def test_quantizing_twice_is_warned_of(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    eight = make_model(PRESETS["tiny"], "F32", "Q8_0") / "mmproj-Q8_0.gguf"
+    status, _, stderr = run(eight, "--vision-type", "q6_k", "--out", tmp_path)
+    message = f"warning: '{eight}' is quantized to Q8_0 already; the new file keeps that error and Q6_K adds another. "
+    assert status == 0 and stderr.startswith(message)
+    assert "keeps that error. An F16" in run(eight, "--vision-type", "F16", "--out", tmp_path)[2]
+    half = make_model(PRESETS["tiny"], "F32", "F16") / "mmproj-F16.gguf"
+    assert "warning" not in run(half, "--vision-type", "Q6_K", "--out", tmp_path, "--force")[2]

@@ -129,11 +129,12 @@ def test_failures(
 ) -> None:
     fused = make_checkpoint(replace(TINY, text_type="granitemoehybrid"))
     smaller = write_checkpoint(tmp_path / "smaller", replace(TINY, n_bpe=300))
-    checkpoint = make_checkpoint(TINY)
+    checkpoint, other = make_checkpoint(TINY), make_checkpoint(PRESETS["tiny-clip-llama"])
     for model, reference, message in (
         (folder / "F32", tmp_path / "nowhere", "has no config.json"),
         (folder / "F32", fused, "cannot find"),
         (folder / "F32", smaller, "vocabulary of"),
+        (folder / "F32", other, f"not converted from '{other}', whose family is llava_next with the decoder llama; "),
         (folder / "missing", checkpoint, "missing"),
     ):
         result = verify(model, "--reference", reference, "--positions", 1)

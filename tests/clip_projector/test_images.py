@@ -187,10 +187,18 @@ def test_a_tiff_with_more_pages_says_how_many_are_not_read(tmp_path: Path) -> No
         assert load_image(path).pillow.getpixel((0, 0)) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_an_animation_says_that_only_its_first_frame_is_read(kind: str, tmp_path: Path) -> None:
+    frames = [PIL.Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in (0, 100, 200)]
+    path = tmp_path / "a"
+    path.write_bytes(encoded(frames[0], kind, save_all=True, append_images=frames[1:]))
+    with pytest.warns(ImageWarning, match="a' is animated; only its first frame is read"):
+        assert load_image(path).pillow.getpixel((0, 0)) == (0, 0, 0)
+
+
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_frames_that_are_no_pages_are_not_missed(kind: str) -> None:
-    frames = [PIL.Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in range(3)]
-    data = encoded(frames[0], kind, **({} if kind == "TIFF" else {"save_all": True, "append_images": frames[1:]}))
+def test_a_single_frame_is_not_warned_of(kind: str) -> None:
+    data = encoded(PIL.Image.new("RGB", (4, 4)), kind, **({} if kind == "TIFF" else {"save_all": True}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_image(data)

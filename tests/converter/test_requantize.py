@@ -60,7 +60,7 @@ def test_half_precision_weights_give_what_a_conversion_gives(
             continue
         convert(make_checkpoint(HALF), tmp_path / kind, Options("F32", kind))
         expected = tensor_bytes(tmp_path / kind / f"mmproj-{kind}.gguf")
-        assert tensor_bytes(requantize(source, kind)) == expected, kind
+        assert tensor_bytes(requantize(source, kind, tmp_path)) == expected, kind
         if kind not in policy.FLOATS:  # float types keep the width of the source
             other = requantize(theirs, kind)
             assert other.name == f"mmproj-model-{kind}.gguf"
@@ -70,7 +70,7 @@ def test_half_precision_weights_give_what_a_conversion_gives(
 def test_metadata_stay_with_their_types_but_for_where_the_file_comes_from(folder: Path) -> None:
     source = folder / "mmproj-F16.gguf"
     extra = copy_gguf(source, folder / "extra.gguf", change={"general.name": "another name"})
-    before, after = fields(extra), fields(requantize(extra, "Q6_K"))
+    before, after = fields(extra), fields(requantize(extra, "Q6_K", folder.parent))
     assert {key: value for key, value in after.items() if key not in MADE_NEW} == {
         key: value for key, value in before.items() if key not in MADE_NEW
     }
@@ -103,18 +103,36 @@ def test_q8_0_files_may_be_quantized_further(folder: Path, tmp_path: Path) -> No
             assert not values[rows.shape[0] :].any() and not values[:, rows.shape[1] :].any()
 
 
-def test_the_runtime_takes_the_requantized_file(folder: Path) -> None:
+def test_the_runtime_takes_the_requantized_file(folder: Path, tmp_path: Path) -> None:
     new = requantize(folder, "Q8_0")
     for path in (folder, folder / "text-F32.gguf"):
         with ModelFiles.open(path) as files:
             assert files.vision is not None and files.vision.path == new
     with ModelFiles.open(folder, mmproj=folder / "mmproj-F16.gguf") as files:
         assert files.vision is not None and files.vision.path.name == "mmproj-F16.gguf"
-    requantize(folder, "Q6_K")  # again from the original
-    with pytest.raises(
-        ModelFileError, match=r"more than one .*: 'mmproj-Q6_K.gguf', 'mmproj-Q8_0.gguf'; .* '--mmproj'"
-    ):
+    requantize(folder, "Q6_K", tmp_path).rename(folder / "mmproj-Q6_K.gguf")
+    several = r"more than one .*: 'mmproj-Q6_K.gguf', 'mmproj-Q8_0.gguf'; .* '--mmproj' \(mmproj= in Python\)"
+    with pytest.raises(ModelFileError, match=several):
         ModelFiles.open(folder)
+
+
+def test_a_model_keeps_one_vision_file_that_fits(folder: Path, tmp_path: Path) -> None:
+    """A second file of one source, and one of another model, are not written; one made from the other is."""
+    eight = requantize(folder, "Q8_0")
+    four = requantize(eight, "Q4_K")  # drops both of its sources
+    with ModelFiles.open(folder) as files:
+        assert files.vision is not None and files.vision.path == four
+    before = sorted(folder.iterdir())
+    source = requantize(folder, "BF16", tmp_path)
+    for arguments in ((folder, "Q6_K"), (source, "Q6_K", folder), (source, "Q6_K", folder / "other.gguf")):
+        with pytest.raises(OutputError, match="'.*model' contains 'mmproj-Q4_K.gguf' already; with '.*' beside it"):
+            requantize(*arguments)
+    assert sorted(folder.iterdir()) == before
+    requantize(source, "Q6_K"), requantize(source, "Q8_0")  # no model there
+    requantize(eight, "Q4_K", force=True)
+    four.unlink(), eight.unlink(), copy_gguf(folder / "mmproj-F16.gguf", folder / "a.gguf")
+    copy_gguf(folder / "mmproj-F16.gguf", folder / "b.gguf")
+    requantize(folder / "a.gguf", "Q8_0")  # such a folder needs `mmproj` anyway
 
 
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -93,6 +93,9 @@ def test_ask_bench_and_extract(make_model: Callable[..., Path], page: Path) -> N
     folder = make_model(GRANITE)
     asked = run("ask", page, "What is this?", "--model", folder, "--max-tokens", 6)
     assert asked.exit_code == 0 and asked.stdout.endswith("\n")
+    with granite4v.load(folder) as model:
+        expected = model.generate("<tables_json>", [page], max_tokens=6).text  # not a task of this model's template
+    assert run("ask", page, "<tables_json>", "--model", folder, "--max-tokens", 6).stdout == f"{expected}\n"
     measured = run("bench", "--model", folder, "--image", page, "--max-tokens", 4)
     assert measured.exit_code == 0, measured.stderr
     assert json.loads(measured.stdout.splitlines()[-1])["image_tokens"] > 0

@@ -295,6 +295,10 @@ def test_a_schema_is_no_constraint_by_itself(model: granite4v.Model) -> None:
         model.generate("x", constraint={"type": "object"})  # type: ignore[arg-type]
 
 
+def test_none_means_no_images(model: granite4v.Model) -> None:
+    assert model.prepare("Hello", None).spans == model.prepare("Hello").spans
+
+
 def test_a_bad_prompt_costs_nothing(model: granite4v.Model) -> None:
     before = model.counters
     with pytest.raises(PromptError):
