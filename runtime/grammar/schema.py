@@ -30,6 +30,14 @@ class Definite(NamedTuple):
     warnings: tuple[str, ...]
 
 
+def checked_schema(value: object) -> JsonSchema:
+    """Reads a schema from plain data. Raises ConstraintError for an invalid one."""
+    try:
+        return read_schema(value)
+    except InvalidSchema as error:
+        raise ConstraintError(f"the JSON schema {error}") from None
+
+
 def definite(schema: object) -> Definite:
     """The schema as llguidance can enforce it, with closed objects and every property that may be null required.
 
@@ -37,7 +45,7 @@ def definite(schema: object) -> Definite:
     satisfy, or that llguidance cannot enforce.
     """
     try:
-        checked = schema if isinstance(schema, JsonSchema) else read_schema(schema)
+        checked = schema if isinstance(schema, JsonSchema) else checked_schema(schema)
         with Trials() as trials:
             translation, problem = _tried(checked, trials, close_ranges=True)
             if "too large" in problem:  # llguidance's words; it has no error codes

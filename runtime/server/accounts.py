@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from granite4v.runtime.answer import LENGTH, REPETITION, Answer
 from granite4v.runtime.server.generation import Generation
@@ -26,6 +27,17 @@ def stopped_by(answer: Answer) -> str | None:
     if answer.finish_reason == LENGTH and answer.closing is not None:
         return "closed"
     return REPETITION if answer.finish_reason == REPETITION else None
+
+
+def ending(generation: Generation, index: int) -> dict[str, Any]:
+    """The fields of a choice that say how an answer ended, and whether it matches the requested schema."""
+    answer = generation.answers[index]
+    return {
+        "finish_reason": finish_reason(answer),
+        "stopped_by": stopped_by(answer),
+        "warnings": generation.warnings,
+        "schema_error": generation.schema_errors[index],
+    }
 
 
 def usage(generation: Generation) -> Usage:

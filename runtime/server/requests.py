@@ -142,7 +142,8 @@ class JsonObjectFormat(Body):
 
 
 class NamedSchema(Body):
-    """Answers are always constrained by the complete schema, with or without `strict`."""
+    """With or without `strict`, answers are constrained by what a grammar can express of the schema, and validated
+    against the complete schema: the reply has `warnings` and `schema_error`."""
 
     name: str | None = None
     strict: bool | None = None

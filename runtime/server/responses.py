@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from granite4v.runtime.server.accounts import finish_reason, stopped_by, timings, usage
+from granite4v.runtime.server.accounts import ending, timings, usage
 from granite4v.runtime.server.content import ContentReader, Turn
 from granite4v.runtime.server.dispatcher import Ask, Dispatcher
 from granite4v.runtime.server.errors import invalid
@@ -108,7 +108,8 @@ class ResponseWriter:
     def _complete(self, generation: Generation, ask: Ask, spell: Spell) -> ResponseReply:
         answer = generation.answers[0]
         shown = [] if ask.n_top is None else token_replies(answer.logprobs or [], spell)
-        is_whole = finish_reason(answer) == "stop"
+        ended = ending(generation, 0)
+        is_whole = ended.pop("finish_reason") == "stop"
         message = OutputMessage(
             id=self._message_id,
             status="completed" if is_whole else "incomplete",
@@ -127,8 +128,8 @@ class ResponseWriter:
                 ),
                 "incomplete_details": None if is_whole else Incomplete(),
                 "timings": timings(generation.answers),
-                "stopped_by": stopped_by(answer),
                 "confidence": confidences(answer, ask.form.task) if ask.confidence else None,
+                **ended,
             }
         )
 

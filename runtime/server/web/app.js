@@ -227,6 +227,7 @@ function summary(last, timings) {
   if (last.finish_reason === "length") {
     parts.push(last.stopped_by === "repetition" ? "Stopped, as it repeated itself." : "The answer reached its limit.");
   }
+  if (last.schema_error) parts.push(`It is not as the schema wants it: ${last.schema_error}`);
   if (answer.parsed?.error) parts.push(`It is not as the task wants it: ${answer.parsed.error}`);
   if (timings) {
     const speed = timings.predicted_per_second ? `, ${timings.predicted_per_second.toFixed(1)} a second` : "";
