@@ -18,7 +18,7 @@ from granite4v.runtime.server.replies import (
     ChunkChoice,
 )
 from granite4v.runtime.server.requests import ChatRequest
-from granite4v.runtime.server.sampling import check_completion_fields, options_of, refuse, wants_confidence
+from granite4v.runtime.server.sampling import check_completion_fields, options_of, refuse_tools, wants_confidence
 from granite4v.runtime.server.structure import form_of, with_prompt
 from granite4v.runtime.server.writer import Writer
 
@@ -26,7 +26,7 @@ from granite4v.runtime.server.writer import Writer
 def asked(body: ChatRequest, reader: ContentReader, n_most: int) -> Ask:
     """Parses a request. `n_most`: answers to one request. Raises ApiError."""
     check_completion_fields(body, n_most)
-    refuse(body, "tools", "functions")
+    refuse_tools(body, "tools", "functions")
     turns = reader.turns(body.messages)
     form = form_of(body.response_format, body.format, turns, unconstrained=bool(body.unconstrained))
     limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]

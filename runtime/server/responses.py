@@ -23,7 +23,7 @@ from granite4v.runtime.server.replies import (
     ResponseUsage,
 )
 from granite4v.runtime.server.requests import ResponseRequest
-from granite4v.runtime.server.sampling import options_of, refuse, wants_confidence
+from granite4v.runtime.server.sampling import check_foreign_fields, options_of, refuse_tools, wants_confidence
 from granite4v.runtime.server.structure import form_of, with_prompt
 
 LOGPROBS = "message.output_text.logprobs"  # the entry of `include` that asks for log-probabilities
@@ -38,7 +38,8 @@ def asked(body: ResponseRequest, reader: ContentReader) -> Ask:
                 name,
                 "unsupported",
             )
-    refuse(body, "tools")
+    check_foreign_fields(body)
+    refuse_tools(body, "tools")
     turns = [] if not body.instructions else [Turn("system", {}, [body.instructions])]
     if isinstance(body.input, str):
         turns.append(Turn("user", {}, [body.input] if body.input else []))
