@@ -204,6 +204,16 @@ def test_several_answers_to_one_request(tiny: Served) -> None:
         assert "".join(choice["delta"].get("content", "") for choice in mine) == texts[i]
 
 
+def test_developers_are_the_system(tiny: Served) -> None:
+    def prompt_tokens(role: str) -> tuple[int, int]:
+        turns = [{"role": role, "content": "Be brief."}, {"role": "user", "content": "A"}]
+        chat = tiny.post("/v1/chat/completions", {"messages": turns, "max_tokens": 1}).json["usage"]
+        state = tiny.post("/v1/responses", {"input": turns, "max_output_tokens": 1}).json["usage"]
+        return chat["prompt_tokens"], state["input_tokens"]
+
+    assert prompt_tokens("developer") == prompt_tokens("system")
+
+
 def test_variables_reach_the_template(tiny: Served) -> None:
     """They are passed on whatever their names are; those that the template does not use change nothing."""
 
