@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import select
 import socket
 import threading
@@ -189,6 +190,15 @@ def test_paths_that_are_allowed(tiny_model: granite4v.Model, tmp_path: Path) -> 
         assert status(f"{open_folder}/page.png") == 200 == status((open_folder / "page.png").as_uri())
         assert status(f"{closed}/page.png") == status(f"{open_folder}/../closed/page.png") == 400
         assert status(f"{open_folder}/link.png") == status(f"{open_folder}/none.png") == 400
+
+
+def test_a_pipe_that_nobody_writes_to_is_refused(tiny_model: granite4v.Model, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with served(tiny_model, ServerOptions(media_paths=(tmp_path,))) as server:
+        reply = server.chat({"type": "image_url", "image_url": f"{tmp_path}/pipe"}, text("?"))
+        assert (reply.status, reply.error["code"]) == (400, "invalid_image")
+        assert "image_url' is not a regular file; name one that is." in reply.error["message"]
+        server.wait_until_idle()
 
 
 def test_a_text_that_is_too_long_is_no_fault_of_the_server(tiny: Served, caplog: pytest.LogCaptureFixture) -> None:
