@@ -149,12 +149,14 @@ def serve(
     or Ctrl-C stops the server; answers in flight get at most two seconds to finish. --verbose prints a line for each
     request, without its content.
     """
+    from granite4v.runtime.llama.files import ModelFiles
     from granite4v.runtime.server import Limits, ServerOptions, create_app, run
     from granite4v.runtime.server.serving import listen
 
     give_back_freed()
     listening = listen(host, port)
     path = loading.find()
+    ModelFiles.open(path, mmproj=loading.mmproj).close()  # nobody is told an address before there is a model
     with Progress() as progress:
 
         def load() -> Model:

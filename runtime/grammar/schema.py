@@ -53,12 +53,12 @@ def definite(schema: object) -> Definite:
     except InvalidSchema as error:
         raise ConstraintError(f"the JSON schema {error}") from None
     except Impossible as error:
-        raise ConstraintError(f"no answer can satisfy the JSON schema at {error}. {_WHAT_TO_DO}") from None
+        raise ConstraintError(f"no answer can satisfy the JSON schema at {error}.", _WHAT_TO_DO) from None
     if problem:
         if translation.impossible:
             problem += f"; no value is possible at {translation.impossible[0]}"
         where = _culprit(translation)
-        raise ConstraintError(f"the JSON schema cannot be enforced at '{where}': {problem}. {_WHAT_TO_DO}")
+        raise ConstraintError(f"the JSON schema cannot be enforced at '{where}': {problem}.", _WHAT_TO_DO)
     return Definite(json.dumps(translation.made), translation.warnings)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from granite4v.clip_projector import Image, Video
 from granite4v.clip_projector.files import is_pdf
+from granite4v.clip_projector.images import BOMB_ADVICE
 from granite4v.clip_projector.video import VideoLimits, read_video
 from granite4v.errors import DocumentError, ImageError, PasswordError
 from granite4v.families.base import Tiling
@@ -105,7 +106,8 @@ class MediaOpener:
         except (DocumentError, ImageError) as error:
             code = "invalid_image" if isinstance(error, ImageError) else "invalid_document"
             code = code if attachment.video is None else "invalid_video"
-            raise invalid(str(error), attachment.param, code) from None
+            message = str(error).replace(BOMB_ADVICE, ".")
+            raise invalid(message, attachment.param, code) from None
 
     def _video(self, desk: _Desk, attachment: Attachment, choice: VideoChoice, budget: _Budget) -> Video:
         n_wanted = len(choice.given) or choice.frames or 1

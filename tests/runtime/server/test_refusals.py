@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import json
@@ -99,6 +100,7 @@ def test_files_that_are_none_are_called_by_their_places(strict: Served, part: An
     [
         ({"file_data": LOCKED}, "invalid_password", "password", "is encrypted; send its password as 'password', "),
         ({"file_data": LOCKED, "password": "no"}, "invalid_password", "password", "and its 'password' does not open "),
+        (data_url(png(Image.new("1", (10_000, 10_000)))), "invalid_image", "", "decompression bomb; scale it down."),
         (PDF, "invalid_image", "", "is a PDF, not an image; send it as a part of the type 'file'"),
     ],
 )  # fmt: skip
@@ -167,6 +169,8 @@ def test_a_field_of_the_wrong_type(tiny: Served, path: str, fields: dict[str, An
         ("/etc/passwd", "no_path"),
         ("file:///etc/passwd", "no_path"),
         ("data:image/png,abc", "invalid_data_url"),
+        (base64.b64encode(PICTURE).decode(), "invalid_data_url"),
+        ("A/" * 5000, "invalid_data_url"),
         ("data:image/png;base64,%%%", "invalid_base64"),
         ("data:image/png;base64,", "empty_file"),
     ],
@@ -261,7 +265,15 @@ def test_a_penalty_beyond_what_floats_hold(tiny: Served) -> None:
 
 
 def test_other_paths_and_methods(strict: Served) -> None:
-    assert strict.get("/nothing").status == 404 and strict.get("/nothing").error
+    for path, advice in (
+        ("/nothing", "expected one of /v1/chat/completions, "),
+        ("/chat/completions", "did you mean '/v1/chat/completions'?"),
+        ("/v1/chat/completion", "did you mean '/v1/chat/completions'?"),
+        ("/models/", "did you mean '/v1/models'?"),
+    ):
+        reply = strict.get(path)
+        assert reply.status == 404 and reply.error["message"].startswith(f"there is no path '{path.rstrip('/')}' here")
+        assert advice in reply.error["message"]
     reply = strict.get("/v1/chat/completions")
     assert reply.status == 405 and reply.headers["allow"] == "POST" and reply.error
 

@@ -66,3 +66,4 @@ def test_an_answer_that_is_cut_is_no_instance(tiny: Served) -> None:
 def test_a_schema_that_allows_nothing_is_refused(tiny: Served, schema: Any) -> None:
     reply = tiny.chat(text("A"), response_format=form(schema))
     assert (reply.status, reply.error["code"]) == (400, "invalid_schema")
+    assert reply.error["message"].endswith(". Change the schema, or leave it out.")
