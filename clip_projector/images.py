@@ -33,6 +33,8 @@ NOT_A_PAGE = 0b101  # bits of a TIFF frame's subfile type: a smaller copy of ano
 # Pillow needs 32 bytes per pixel of a side that it scales: gigabytes for a line of 80 million pixels, which its own
 # limit allows.
 MAX_SIDE_PX = 1_000_000
+# the end of a message, for those who can follow it
+BOMB_ADVICE = ", or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
 _MOST_PAGES = 1000  # largest count of pages in a TIFF of which only the first is read
 
 
@@ -148,7 +150,7 @@ def open_rgb(source: ImageSource, name: str | None = None, *, as_reference: bool
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
         raise ImageError(
             f"{name} has more than {PIL.Image.MAX_IMAGE_PIXELS:,} pixels, which may be a decompression bomb; scale it "
-            "down, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
+            f"down{BOMB_ADVICE}"
         ) from None
     except PIL.UnidentifiedImageError:
         raise ImageError(_why_unknown(head, name)) from None

@@ -65,7 +65,15 @@ class SchemaError(Granite4vError):
 
 
 class ConstraintError(Granite4vError):
-    """An invalid JSON Schema, or a format that answers cannot be constrained to."""
+    """An invalid JSON Schema, or a format that answers cannot be constrained to.
+
+    `advice`: the end of the message that only callers in Python and on the command line can follow; `problem`: the
+    rest.
+    """
+
+    def __init__(self, problem: str, advice: str = "") -> None:
+        super().__init__(f"{problem} {advice}".rstrip())
+        self.problem, self.advice = problem, advice
 
 
 class DeviceError(Granite4vError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,6 +23,31 @@ if TYPE_CHECKING:
     from granite4v.runtime.model import Model
 
 _MEGABYTE = 1 << 20
+_KEY_VARIABLE = "GRANITE4V_API_KEY"
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://(?:\[[0-9a-f:.]+\]|[^\s/?#@:\[\]]+)(?::[0-9]{1,5})?", re.IGNORECASE)
+
+
+def _api_key(value: str | None) -> str | None:
+    """Refuses an empty key. Click takes an empty environment variable for one that is not set."""
+    if value is None and os.environ.get(_KEY_VARIABLE) is not None:
+        value = os.environ[_KEY_VARIABLE]
+    if value is not None and not value.strip():
+        raise typer.BadParameter(
+            "the key is empty; expected a text that clients must send. Without the option (and without "
+            f"{_KEY_VARIABLE}), the server needs no key."
+        )
+    return unicode_text(value)
+
+
+def _origins(values: list[str] | None) -> list[str] | None:
+    for value in values or ():
+        if not _ORIGIN.fullmatch(value):
+            raise typer.BadParameter(
+                f"{value!r:.80} is not an origin; expected a scheme, a host and, if it is not the default one, a port, "
+                "such as 'https://app.example' or 'http://localhost:3000', without a path; or '*' for all."
+            )
+    return values
+
 
 HostOption = Annotated[str, typer.Option("--host", metavar="ADDRESS", help="Address to listen at.")]
 PortOption = Annotated[
@@ -31,15 +58,20 @@ ApiKeyOption = Annotated[
     typer.Option(
         "--api-key",
         metavar="KEY",
-        envvar="GRANITE4V_API_KEY",
-        callback=unicode_text,
+        envvar=_KEY_VARIABLE,
+        callback=_api_key,
         help="Key that clients must send.",
         show_default=False,
     ),
 ]
 CorsOption = Annotated[
     list[str] | None,
-    typer.Option("--cors-origin", metavar="ORIGIN", help="Origin of web pages that may ask. May be repeated."),
+    typer.Option(
+        "--cors-origin",
+        metavar="ORIGIN",
+        callback=_origins,
+        help="Origin of web pages that may ask. May be repeated.",
+    ),
 ]
 AllowedHostOption = Annotated[
     list[str] | None,
@@ -117,12 +149,14 @@ def serve(
     or Ctrl-C stops the server; answers in flight get at most two seconds to finish. --verbose prints a line for each
     request, without its content.
     """
+    from granite4v.runtime.llama.files import ModelFiles
     from granite4v.runtime.server import Limits, ServerOptions, create_app, run
     from granite4v.runtime.server.serving import listen
 
     give_back_freed()
     listening = listen(host, port)
     path = loading.find()
+    ModelFiles.open(path, mmproj=loading.mmproj).close()  # nobody is told an address before there is a model
     with Progress() as progress:
 
         def load() -> Model:
@@ -138,7 +172,7 @@ def serve(
         )
         chosen = ServerOptions(
             model_name=served_name or Path(loading.model or "nano").name,
-            api_key=api_key or None,
+            api_key=api_key,
             cors_origins=tuple(cors_origin or ()),
             hosts=_hosts(listening.getsockname()[0], host, allowed_host or []),
             media_paths=tuple(media_path or ()),

@@ -66,8 +66,8 @@ class GrammarState:
         if not mask.any():
             text = self._compiler.index.text(self._generated[-20:])
             raise ConstraintError(
-                f"no token can follow {text!r}; the model's vocabulary cannot spell what the grammar demands. Use "
-                "--unconstrained."
+                f"no token can follow {text!r}; the model's vocabulary cannot spell what the grammar demands.",
+                "Use --unconstrained.",
             )
         return mask
 

@@ -69,7 +69,7 @@ class Matcher:
         # a matcher that hit one of its limits allows only the end token, which would silently truncate the answer
         if self._matcher.is_error():
             raise ConstraintError(
-                f"llguidance gave up in the middle of an answer: {_reason(self._matcher)}. Use --unconstrained."
+                f"llguidance gave up in the middle of an answer: {_reason(self._matcher)}.", "Use --unconstrained."
             )
 
 
@@ -93,7 +93,7 @@ class MatcherFactory:
             matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits())
             if matcher.is_error():
                 raise ConstraintError(
-                    f"llguidance cannot compile the grammar: {_reason(matcher)}. Use --unconstrained."
+                    f"llguidance cannot compile the grammar: {_reason(matcher)}.", "Use --unconstrained."
                 )
             self._compiled[grammar] = matcher
             while len(self._compiled) > _MAX_GRAMMARS:

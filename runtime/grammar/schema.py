@@ -30,6 +30,14 @@ class Definite(NamedTuple):
     warnings: tuple[str, ...]
 
 
+def checked_schema(value: object) -> JsonSchema:
+    """Reads a schema from plain data. Raises ConstraintError for an invalid one."""
+    try:
+        return read_schema(value)
+    except InvalidSchema as error:
+        raise ConstraintError(f"the JSON schema {error}") from None
+
+
 def definite(schema: object) -> Definite:
     """The schema as llguidance can enforce it, with closed objects and every property that may be null required.
 
@@ -37,7 +45,7 @@ def definite(schema: object) -> Definite:
     satisfy, or that llguidance cannot enforce.
     """
     try:
-        checked = schema if isinstance(schema, JsonSchema) else read_schema(schema)
+        checked = schema if isinstance(schema, JsonSchema) else checked_schema(schema)
         with Trials() as trials:
             translation, problem = _tried(checked, trials, close_ranges=True)
             if "too large" in problem:  # llguidance's words; it has no error codes
@@ -45,12 +53,12 @@ def definite(schema: object) -> Definite:
     except InvalidSchema as error:
         raise ConstraintError(f"the JSON schema {error}") from None
     except Impossible as error:
-        raise ConstraintError(f"no answer can satisfy the JSON schema at {error}. {_WHAT_TO_DO}") from None
+        raise ConstraintError(f"no answer can satisfy the JSON schema at {error}.", _WHAT_TO_DO) from None
     if problem:
         if translation.impossible:
             problem += f"; no value is possible at {translation.impossible[0]}"
         where = _culprit(translation)
-        raise ConstraintError(f"the JSON schema cannot be enforced at '{where}': {problem}. {_WHAT_TO_DO}")
+        raise ConstraintError(f"the JSON schema cannot be enforced at '{where}': {problem}.", _WHAT_TO_DO)
     return Definite(json.dumps(translation.made), translation.warnings)
 
 

@@ -119,6 +119,8 @@ class Translation:
             return node
         if self.schema.ignores_siblings and "$ref" in node:
             node = {"$ref": node["$ref"]}
+        if node.get("not") in ({}, True) and "not" in self.schema.dialect.VALIDATORS:
+            return False
         if of.restrictions(node) == ["allOf"] and len(node["allOf"]) == 1:
             return self._inner(found, node["allOf"][0], field, merged, nesting)
         place = Place(found, node, field, merged or of.merges(node), nesting)
@@ -302,6 +304,8 @@ class Translation:
     def _decides_null(self, found: Resolved, node: Schema) -> bool:
         if self.schema.ignores_siblings and "$ref" in node:
             node = {"$ref": node["$ref"]}
+        if node.get("not") in ({}, True) and "not" in self.schema.dialect.VALIDATORS:
+            return False
         checks: list[bool] = []
         if "type" in node:
             kinds = node["type"]

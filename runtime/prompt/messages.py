@@ -132,7 +132,9 @@ def _message(message: Any, number: int, found: list[Any]) -> dict[str, Any]:
     else:
         raise PromptError(f"message {number} has content {_shown(content)}; expected text or a list of parts.")
     others = {str(key): _plain(value) for key, value in message.items() if key not in ("role", "content")}
-    return {"role": message["role"], **others, "content": parts}
+    # OpenAI's newer name; templates would render it as a role that the models do not know
+    role = "system" if message["role"] == "developer" else message["role"]
+    return {"role": role, **others, "content": parts}
 
 
 def _part(part: Any, number: int, found: list[Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def _mark(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[st
 
     copies = [
         {**message, "content": [marked(number, part) for part in message["content"]]}
-        if message["role"] in ("user", "system", "developer")
+        if message["role"] in ("user", "system")
         else message
         for number, message in enumerate(messages, 1)
     ]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from granite4v.runtime.answer import LENGTH, REPETITION, Answer
 from granite4v.runtime.server.generation import Generation
 from granite4v.runtime.server.replies import FinishReason, PromptDetails, Timings, Usage
 
 
-def finish_reason(answer: Answer) -> FinishReason:
+def finish_reason(answer: Answer, *, has_schema: bool) -> FinishReason:
     """OpenAI's finish reason.
 
-    'stop' also for an answer that the grammar closed within the token limit: it is complete, and openai's `parse`
-    refuses 'length'. An answer that was stopped for looping is incomplete, so it has 'length'.
+    'stop' also for JSON by a schema or `json_object` that the grammar closed within the token limit: it is complete,
+    and openai's `parse` refuses 'length'. An answer to a task tag that was closed lacks rows, and one that was stopped
+    for looping is incomplete, so they have 'length'.
     """
-    if answer.finish_reason == LENGTH and answer.closing is not None:
+    if has_schema and answer.finish_reason == LENGTH and answer.closing is not None:
         return "stop"
     return "length" if answer.finish_reason in (LENGTH, REPETITION) else "stop"
 
@@ -26,6 +28,17 @@ def stopped_by(answer: Answer) -> str | None:
     if answer.finish_reason == LENGTH and answer.closing is not None:
         return "closed"
     return REPETITION if answer.finish_reason == REPETITION else None
+
+
+def ending(generation: Generation, index: int) -> dict[str, Any]:
+    """The fields of a choice that say how an answer ended, and whether it matches the requested schema."""
+    answer = generation.answers[index]
+    return {
+        "finish_reason": finish_reason(answer, has_schema=generation.warnings is not None),
+        "stopped_by": stopped_by(answer),
+        "warnings": generation.warnings,
+        "schema_error": generation.schema_errors[index],
+    }
 
 
 def usage(generation: Generation) -> Usage:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -16,7 +16,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
@@ -175,9 +175,16 @@ def _warm_up(model: Model) -> None:
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        return json_error(errors.no_path(request.url.path, [*_paths(request.app.routes)]))
     if isinstance(error, HTTPException):
         return json_error(ApiError(error.status_code, f"{error.detail}", headers=dict(error.headers or {})))
     return json_error(errors.of(error))
+
+
+def _paths(routes: Iterable[BaseRoute]) -> Iterator[str]:
+    """The paths of all endpoints, as clients write them."""
+    return (route.path.replace(":path", "") for route in routes if isinstance(route, Route))
 
 
 async def _index(request: Request) -> Response:

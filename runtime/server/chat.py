@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 
-from granite4v.runtime.answer import Answer
-from granite4v.runtime.server.accounts import finish_reason, stopped_by, timings
+from granite4v.runtime.server.accounts import ending, timings
 from granite4v.runtime.server.content import ContentReader
 from granite4v.runtime.server.dispatcher import Ask, Dispatcher
+from granite4v.runtime.server.generation import Generation
 from granite4v.runtime.server.logprobs import Spell, chat_logprobs, confidences
 from granite4v.runtime.server.replies import (
     ChatChoice,
@@ -18,7 +18,7 @@ from granite4v.runtime.server.replies import (
     ChunkChoice,
 )
 from granite4v.runtime.server.requests import ChatRequest
-from granite4v.runtime.server.sampling import check_completion_fields, options_of, refuse, wants_confidence
+from granite4v.runtime.server.sampling import check_completion_fields, options_of, refuse_tools, wants_confidence
 from granite4v.runtime.server.structure import form_of, with_prompt
 from granite4v.runtime.server.writer import Writer
 
@@ -26,7 +26,7 @@ from granite4v.runtime.server.writer import Writer
 def asked(body: ChatRequest, reader: ContentReader, n_most: int) -> Ask:
     """Parses a request. `n_most`: answers to one request. Raises ApiError."""
     check_completion_fields(body, n_most)
-    refuse(body, "tools", "functions")
+    refuse_tools(body, "tools", "functions")
     turns = reader.turns(body.messages)
     form = form_of(body.response_format, body.format, turns, unconstrained=bool(body.unconstrained))
     limits = [limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None]
@@ -48,14 +48,14 @@ class ChatWriter(Writer):
 
     prefix, whole_kind, chunk_kind = "chatcmpl", ChatCompletion, ChatChunk
 
-    def choice(self, index: int, answer: Answer, ask: Ask, spell: Spell) -> ChatChoice:
+    def choice(self, index: int, generation: Generation, ask: Ask, spell: Spell) -> ChatChoice:
+        answer = generation.answers[index]
         return ChatChoice(
             index=index,
             message=ChatMessage(content=answer.text),
             logprobs=None if ask.n_top is None else chat_logprobs(answer.logprobs or [], spell),
-            finish_reason=finish_reason(answer),
-            stopped_by=stopped_by(answer),
             confidence=confidences(answer, ask.form.task) if ask.confidence else None,
+            **ending(generation, index),
         )
 
     async def events(self, dispatcher: Dispatcher, ask: Ask) -> AsyncGenerator[bytes, None]:
@@ -72,14 +72,14 @@ class ChatWriter(Writer):
                 if piece.is_last:
                     n_left -= 1
                     took = None if n_left else timings(generation.answers)
-                    yield self.chunk(self._end(piece.index, generation.answers[piece.index], ask), timings=took)
+                    yield self.chunk(self._end(piece.index, generation, ask), timings=took)
             yield self.last(generation)
 
-    def _end(self, index: int, answer: Answer, ask: Ask) -> ChunkChoice:
+    def _end(self, index: int, generation: Generation, ask: Ask) -> ChunkChoice:
+        answer = generation.answers[index]
         return ChunkChoice(
             index=index,
             delta=ChatDelta(),
-            finish_reason=finish_reason(answer),
-            stopped_by=stopped_by(answer),
             confidence=confidences(answer, ask.form.task) if ask.confidence else None,
+            **ending(generation, index),
         )

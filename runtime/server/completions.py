@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from granite4v.runtime.answer import Answer
-from granite4v.runtime.server.accounts import finish_reason, timings
+from granite4v.runtime.server.accounts import ending, timings
 from granite4v.runtime.server.dispatcher import Ask, Dispatcher
 from granite4v.runtime.server.errors import invalid
+from granite4v.runtime.server.generation import Generation
 from granite4v.runtime.server.logprobs import Spell, completion_logprobs
 from granite4v.runtime.server.replies import Completion, CompletionChoice
 from granite4v.runtime.server.requests import CompletionRequest
@@ -49,24 +49,26 @@ class CompletionWriter(Writer):
 
     prefix, whole_kind, chunk_kind = "cmpl", Completion, Completion
 
-    def choice(self, index: int, answer: Answer, ask: Ask, spell: Spell) -> CompletionChoice:
+    def choice(self, index: int, generation: Generation, ask: Ask, spell: Spell) -> CompletionChoice:
+        answer = generation.answers[index]
         shown = None if ask.n_top is None else completion_logprobs(answer.logprobs or [], 0, spell)
-        return CompletionChoice(index=index, text=answer.text, logprobs=shown, finish_reason=finish_reason(answer))
+        return CompletionChoice(index=index, text=answer.text, logprobs=shown, **ending(generation, index))
 
     async def events(self, dispatcher: Dispatcher, ask: Ask) -> AsyncGenerator[bytes, None]:
         spell, offsets = dispatcher.model.token_bytes, [0] * ask.n
         async with dispatcher.answering(ask) as generation:
             n_left = ask.n
             async for piece in generation.pieces():
-                ended, took = None, None
+                ended: dict[str, Any] = {"finish_reason": None}
+                took = None
                 if piece.is_last:
                     n_left -= 1
-                    ended = finish_reason(generation.answers[piece.index])
+                    ended = ending(generation, piece.index)
                     took = None if n_left else timings(generation.answers)
                 shown = None
                 if ask.n_top is not None:
                     shown = completion_logprobs(piece.logprobs, offsets[piece.index], spell)
                     offsets[piece.index] = piece.logprobs[-1].end if piece.logprobs else offsets[piece.index]
-                choice = CompletionChoice(index=piece.index, text=piece.text, logprobs=shown, finish_reason=ended)
+                choice = CompletionChoice(index=piece.index, text=piece.text, logprobs=shown, **ended)
                 yield self.chunk(choice, timings=took)
             yield self.last(generation)

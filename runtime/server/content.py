@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ from granite4v.runtime.server.requests import (
     VideoUrlPart,
 )
 
+_PATH_MAX = 4096  # characters; realpath takes very long for millions
+_HEADS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "SUkq", "TU0AK", "JVBERi", "Qk0")  # files' first bytes in base64
+_NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/=\s]")
 _JPEGS = "data:video/jpeg;base64,"  # followed by frames, as vLLM takes them
 
 
@@ -146,6 +150,12 @@ class ContentReader:
     def _path(self, url: str, param: str, what: str = "image", kind: str = "image/png") -> Path:
         """The path of a file inside one of the allowed directories. Raises ApiError for everything else."""
         advice = f"send the {what} itself, as a data URL (data:{kind};base64,...)"
+        if _is_base64(url):
+            raise invalid(
+                f"base64 without its head, '{url:.12}...'; expected a data URL, so put 'data:{kind};base64,' in front.",
+                param,
+                "invalid_data_url",
+            )
         try:
             parsed = urlparse(url)
         except ValueError:
@@ -155,12 +165,17 @@ class ContentReader:
                 f"'{url:.80}' is not a data URL, and the server fetches nothing; {advice}.", param, "no_fetch"
             )
         name = unquote(parsed.path, errors="surrogateescape") if parsed.scheme else url
-        if self._roots and "\0" not in name:
+        if self._roots and "\0" not in name and len(name) < _PATH_MAX:
             path = Path(os.path.realpath(name))
             if any(path.is_relative_to(root) for root in self._roots):
                 return path
         allowed = "is outside the directories that this server reads for clients"
         raise invalid(f"'{url:.80}' {allowed}; {advice}, or start the server with --media-path.", param, "no_path")
+
+
+def _is_base64(text: str) -> bool:
+    """Whether a text is the base64 of a file, as Ollama's clients send images, rather than a path."""
+    return len(text) >= 32 and (text.startswith(_HEADS) or len(text) >= _PATH_MAX) and not _NOT_BASE64.search(text)
 
 
 def _data(url: str, param: str, kind: str = "image/png") -> bytes:

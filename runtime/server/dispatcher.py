@@ -245,7 +245,7 @@ def _submitted(model: Model, ask: Ask, images: Sequence[Sequence[Image | Video]]
             code="context_length_exceeded",
         )
     max_tokens = min(MAX_ANSWER if ask.max_tokens is None else ask.max_tokens, n_room)
-    grammar = ask.form.grammar()
+    grammar, check = ask.form.compiled()
     streams = []
     try:
         for i in range(ask.n):
@@ -262,4 +262,4 @@ def _submitted(model: Model, ask: Ask, images: Sequence[Sequence[Image | Video]]
         for stream in streams:
             stream.cancel()
         raise
-    return Generation(prompt, streams, news)
+    return Generation(prompt, streams, news, check)

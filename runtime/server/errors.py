@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 from collections.abc import Sequence
@@ -63,6 +64,15 @@ class ApiError(Exception):
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     return ApiError(400, message, code=code, param=param)
+
+
+def no_path(path: str, known: Sequence[str]) -> ApiError:
+    """A path that does not exist; names the one that was probably meant."""
+    shown = path[:_MOST_SHOWN].rstrip("/")
+    ends = [one for one in known if shown.strip("/") and one.endswith(f"/{shown.strip('/')}")]
+    near = next(iter([*ends, *difflib.get_close_matches(shown, known, 1, 0.75)]), None)
+    advice = f"expected one of {', '.join(known)}." if near is None else f"did you mean '{near}'?"
+    return ApiError(404, f"there is no path {shown!r} here; {advice}", code="no_such_path")
 
 
 def loading() -> ApiError:
@@ -143,6 +153,8 @@ def of(error: BaseException) -> ApiError:
     """Converts an exception to the ApiError for the client. Unexpected exceptions are logged with their traceback."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ConstraintError) and error.advice:  # its advice is about options that clients do not have
+        return invalid(f"{error.problem} Change the schema, or leave it out.", code=_OF_REQUESTS[ConstraintError])
     for kind, code in _OF_REQUESTS.items():
         if isinstance(error, kind):
             return invalid(str(error), code=code)

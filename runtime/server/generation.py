@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from granite4v.runtime.answer import Answer, TokenLogprob
 from granite4v.runtime.engine.stream import Stream
 from granite4v.runtime.prompt.spans import Prompt
+from granite4v.runtime.server.structure import SchemaCheck
 
 
 class News:
@@ -39,10 +40,16 @@ class Piece:
 
 
 class Generation:
-    """The answers to one request."""
+    """The answers to one request.
 
-    def __init__(self, prompt: Prompt, streams: Sequence[Stream], news: News) -> None:
-        self.prompt, self._streams, self._news = prompt, list(streams), news
+    `schema_errors`: why a complete answer is not an instance of the requested schema; None if it is, and without a
+    schema. `warnings`: those of the schema; None without one.
+    """
+
+    def __init__(self, prompt: Prompt, streams: Sequence[Stream], news: News, check: SchemaCheck | None = None) -> None:
+        self.prompt, self._streams, self._news, self._check = prompt, list(streams), news, check
+        self.warnings = None if check is None else check.warnings
+        self.schema_errors: list[str | None] = [None] * len(self._streams)
         self.first_text_at: float | None = None
         for stream in streams:
             stream.let_run()
@@ -62,6 +69,8 @@ class Generation:
                 done = stream.poll() or (stream.is_done and stream.poll())  # may have ended since the first
                 text = answer.text[n_characters[i] :]
                 logprobs = (answer.logprobs or [])[n_tokens[i] :]
+                if done and self._check is not None:  # takes up to a second
+                    self.schema_errors[i] = await asyncio.to_thread(self._check.problem, answer.text)
                 if text or done:
                     if text and self.first_text_at is None:
                         self.first_text_at = time.monotonic()

@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
+import stat
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from granite4v.clip_projector import Image, Video
 from granite4v.clip_projector.files import is_pdf
+from granite4v.clip_projector.images import BOMB_ADVICE
 from granite4v.clip_projector.video import VideoLimits, read_video
 from granite4v.errors import DocumentError, ImageError, PasswordError
 from granite4v.families.base import Tiling
@@ -88,6 +91,8 @@ class MediaOpener:
 
     def _opened(self, desk: _Desk, attachment: Attachment, budget: _Budget) -> list[Image | Video]:
         try:
+            if attachment.path is not None:
+                _check_regular(attachment.path, attachment)
             if attachment.video is not None:
                 return [self._video(desk, attachment, attachment.video, budget)]
             return list(self._open(desk.reader, attachment, budget))
@@ -101,7 +106,8 @@ class MediaOpener:
         except (DocumentError, ImageError) as error:
             code = "invalid_image" if isinstance(error, ImageError) else "invalid_document"
             code = code if attachment.video is None else "invalid_video"
-            raise invalid(str(error), attachment.param, code) from None
+            message = str(error).replace(BOMB_ADVICE, ".")
+            raise invalid(message, attachment.param, code) from None
 
     def _video(self, desk: _Desk, attachment: Attachment, choice: VideoChoice, budget: _Budget) -> Video:
         n_wanted = len(choice.given) or choice.frames or 1
@@ -174,6 +180,15 @@ class MediaOpener:
                 "too_many_pages",
             )
         return numbers
+
+
+def _check_regular(path: Path, attachment: Attachment) -> None:
+    """Raises ApiError for a pipe, a socket or a device, which could block for ever. What cannot be examined is left to
+    those who open it."""
+    with contextlib.suppress(OSError, ValueError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            code = "invalid_image" if attachment.video is None else "invalid_video"
+            raise invalid(f"{attachment.name} is not a regular file; name one that is.", attachment.param, code)
 
 
 class _Budget:

@@ -111,13 +111,19 @@ class ChatMessage(Reply):
 
 class ChatChoice(Reply):
     """`stopped_by`: what ended the answer, if `finish_reason` does not say: 'repetition', when it was stopped for
-    looping, or 'closed', when the grammar closed it at the token limit."""
+    looping, or 'closed', when the grammar closed it at the token limit.
+
+    For an answer to a JSON schema: `warnings` says what in the schema is not enforced during generation, and
+    `schema_error` why the answer is not an instance of the complete schema; null if it is. `warnings` is null without
+    a schema."""
 
     index: int
     message: ChatMessage
     logprobs: Logprobs | None = None
     finish_reason: FinishReason
     stopped_by: str | None = None
+    warnings: list[str] | None = None
+    schema_error: str | None = None
     confidence: dict[str, Confidence] | None = None
 
 
@@ -139,6 +145,8 @@ class ChunkChoice(Reply):
     logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
     stopped_by: str | None = None
+    warnings: list[str] | None = None
+    schema_error: str | None = None
     confidence: dict[str, Confidence] | None = None
 
 
@@ -164,6 +172,9 @@ class CompletionChoice(Reply):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None
+    stopped_by: str | None = None
+    warnings: list[str] | None = None
+    schema_error: str | None = None
 
 
 class Completion(Headed):
@@ -286,3 +297,5 @@ class ResponseReply(Reply):
     timings: Timings | None = None
     confidence: dict[str, Confidence] | None = None
     stopped_by: str | None = None
+    warnings: list[str] | None = None
+    schema_error: str | None = None

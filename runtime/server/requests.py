@@ -142,7 +142,8 @@ class JsonObjectFormat(Body):
 
 
 class NamedSchema(Body):
-    """Answers are always constrained by the complete schema, with or without `strict`."""
+    """With or without `strict`, answers are constrained by what a grammar can express of the schema, and validated
+    against the complete schema: the reply has `warnings` and `schema_error`."""
 
     name: str | None = None
     strict: bool | None = None
@@ -172,6 +173,9 @@ class Sampled(Body):
     requests with images), `drafting` (speculative decoding of text that the answer may repeat), `ignore_eos` (generate
     as many tokens as allowed, for measurements) and `confidence` (whether an answer to a task or a schema comes with
     the probabilities of its cells or fields; by default it does).
+
+    Other servers' fields for constraints and penalties are refused, as they would have no effect: `grammar`,
+    `json_schema`, `guided_...`, `structured_outputs`, `repetition_penalty` and `best_of`.
     """
 
     model: str | None = None
@@ -185,6 +189,16 @@ class Sampled(Body):
     drafting: bool | None = None
     ignore_eos: bool | None = None
     confidence: bool | None = None
+    grammar: Any = None
+    json_schema: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    structured_outputs: Any = None
+    repetition_penalty: Any = None
+    best_of: Any = None
+    tool_choice: Any = None
 
 
 class StreamOptions(Body):

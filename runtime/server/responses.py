@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from granite4v.runtime.server.accounts import finish_reason, stopped_by, timings, usage
+from granite4v.runtime.server.accounts import ending, timings, usage
 from granite4v.runtime.server.content import ContentReader, Turn
 from granite4v.runtime.server.dispatcher import Ask, Dispatcher
 from granite4v.runtime.server.errors import invalid
@@ -23,7 +23,7 @@ from granite4v.runtime.server.replies import (
     ResponseUsage,
 )
 from granite4v.runtime.server.requests import ResponseRequest
-from granite4v.runtime.server.sampling import options_of, refuse, wants_confidence
+from granite4v.runtime.server.sampling import check_foreign_fields, options_of, refuse_tools, wants_confidence
 from granite4v.runtime.server.structure import form_of, with_prompt
 
 LOGPROBS = "message.output_text.logprobs"  # the entry of `include` that asks for log-probabilities
@@ -38,7 +38,8 @@ def asked(body: ResponseRequest, reader: ContentReader) -> Ask:
                 name,
                 "unsupported",
             )
-    refuse(body, "tools")
+    check_foreign_fields(body)
+    refuse_tools(body, "tools")
     turns = [] if not body.instructions else [Turn("system", {}, [body.instructions])]
     if isinstance(body.input, str):
         turns.append(Turn("user", {}, [body.input] if body.input else []))
@@ -108,7 +109,8 @@ class ResponseWriter:
     def _complete(self, generation: Generation, ask: Ask, spell: Spell) -> ResponseReply:
         answer = generation.answers[0]
         shown = [] if ask.n_top is None else token_replies(answer.logprobs or [], spell)
-        is_whole = finish_reason(answer) == "stop"
+        ended = ending(generation, 0)
+        is_whole = ended.pop("finish_reason") == "stop"
         message = OutputMessage(
             id=self._message_id,
             status="completed" if is_whole else "incomplete",
@@ -127,8 +129,8 @@ class ResponseWriter:
                 ),
                 "incomplete_details": None if is_whole else Incomplete(),
                 "timings": timings(generation.answers),
-                "stopped_by": stopped_by(answer),
                 "confidence": confidences(answer, ask.form.task) if ask.confidence else None,
+                **ended,
             }
         )
 

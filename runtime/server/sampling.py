@@ -8,6 +8,9 @@ from granite4v.runtime.server.errors import invalid
 from granite4v.runtime.server.requests import CompletionFields, Sampled, Stop
 from granite4v.runtime.server.structure import Form
 
+_CONSTRAINTS = (
+    "grammar", "json_schema", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs",
+)  # fmt: skip
 _TAKEN = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty", "lora", "drafting", "ignore_eos")
 
 
@@ -25,8 +28,26 @@ def wants_confidence(body: Sampled, form: Form) -> bool:
     return bool(form.task) and body.confidence is not False
 
 
+def check_foreign_fields(body: Sampled) -> None:
+    """Raises ApiError for fields of other servers (llama.cpp's, vLLM's) that would change the answer there."""
+    for name in _CONSTRAINTS:
+        if getattr(body, name) not in (None, ""):  # "" is llama.cpp's default of 'grammar'
+            raise _unsupported(name, "use 'response_format' with a JSON schema (in responses: 'text.format')")
+    if body.repetition_penalty not in (None, 1):
+        raise _unsupported("repetition_penalty", "use 'repeat_penalty'")
+    if body.best_of not in (None, 1):
+        raise _unsupported("best_of", "use 'n'")
+
+
+def refuse_tools(body: Any, *names: str) -> None:
+    """Raises ApiError if the request offers tools that the model may choose to call."""
+    if body.tool_choice != "none":
+        refuse(body, *names)
+
+
 def check_completion_fields(body: CompletionFields, n_most: int) -> None:
     """Raises ApiError for options that the server does not support, and for more than `n_most` answers."""
+    check_foreign_fields(body)
     for name in ("frequency_penalty", "presence_penalty"):
         if getattr(body, name):
             raise _unsupported(name, "use 'repeat_penalty'")

@@ -7,16 +7,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from granite4v.errors import AnswerError
 from granite4v.runtime.formats.fields import KVP_PROMPT
+from granite4v.runtime.formats.json_text import load_json
 from granite4v.runtime.formats.task_grammar import grammar_for
 from granite4v.runtime.formats.tasks import TASKS
 from granite4v.runtime.grammar.grammar import Grammar
+from granite4v.runtime.grammar.json_schema import JsonSchema
+from granite4v.runtime.grammar.schema import checked_schema
+from granite4v.runtime.grammar.validation import Validator
 from granite4v.runtime.server.content import Turn
 from granite4v.runtime.server.errors import invalid
 from granite4v.runtime.server.requests import JsonObjectFormat, ResponseFormat, TextFormat
 
 _ANY_OBJECT = {"type": "object"}
 FIELDS = "kvp"  # the task whose answers are instances of a schema
+
+
+class SchemaCheck:
+    """Validates answers against the complete schema of a request. `warnings`: how the schema is read, and which of its
+    keywords the grammar does not enforce."""
+
+    def __init__(self, schema: JsonSchema, grammar: Grammar) -> None:
+        self.warnings = [*schema.notes, *grammar.warnings]
+        self._validator = Validator(schema)
+
+    def problem(self, text: str) -> str | None:
+        """Why the text of an answer is not an instance of the schema; None if it is."""
+        try:
+            return self._validator.problem(load_json(text))
+        except AnswerError as error:
+            return str(error)
 
 
 @dataclass(frozen=True)
@@ -28,10 +49,16 @@ class Form:
     schema: Any = None
     is_held: bool = True
 
-    def grammar(self) -> Grammar | None:
-        """Compiles the grammar; None if the answer is not constrained. Can take seconds for a large schema. Raises
-        ConstraintError."""
-        return grammar_for(self.task, self.schema) if self.task and self.is_held else None
+    def compiled(self) -> tuple[Grammar | None, SchemaCheck | None]:
+        """The grammar, None if the answer is not constrained; and the check against the schema, if there is one.
+
+        Can take seconds for a large schema. Raises ConstraintError.
+        """
+        if self.schema is None:
+            return (grammar_for(self.task) if self.task and self.is_held else None), None
+        schema = checked_schema(self.schema)
+        grammar = grammar_for(self.task, schema)
+        return grammar, None if grammar is None else SchemaCheck(schema, grammar)
 
 
 def form_of(

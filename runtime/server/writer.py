@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from granite4v.runtime.answer import Answer
 from granite4v.runtime.server.accounts import timings, usage
 from granite4v.runtime.server.dispatcher import Ask, Dispatcher
 from granite4v.runtime.server.generation import Generation
@@ -45,14 +44,14 @@ class Writer(ABC):
             await generation.complete()
             reply: Reply = self.whole_kind(
                 **self._head,
-                choices=[self.choice(i, answer, ask, spell) for i, answer in enumerate(generation.answers)],
+                choices=[self.choice(i, generation, ask, spell) for i in range(ask.n)],
                 usage=usage(generation),
                 timings=timings(generation.answers),
             )
             yield reply.model_dump_json().encode()
 
     @abstractmethod
-    def choice(self, index: int, answer: Answer, ask: Ask, spell: Spell) -> Reply:
+    def choice(self, index: int, generation: Generation, ask: Ask, spell: Spell) -> Reply:
         """The choice for one complete answer."""
 
     @abstractmethod

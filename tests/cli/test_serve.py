@@ -161,9 +161,28 @@ def test_a_key_from_the_environment(start: Callable[..., Process]) -> None:
     assert server.ask("GET", "/v1/models", Authorization="Bearer geheim")[0] == 200
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "granite4v", "serve", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+
+
+@pytest.mark.parametrize("key", ["", " "])
+def test_an_empty_key_is_refused(tmp_path: Path, key: str) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(f'[serve]\napi-key = "{key}"\n')
+    for done, status in (
+        (run("--api-key", key, "--port", "0"), 2),
+        (run("--port", "0", GRANITE4V_API_KEY=key), 2),
+        (run("--port", "0", GRANITE4V_CONFIG=str(config)), 1),
+    ):
+        assert done.returncode == status and "the key is empty" in done.stderr and "listening" not in done.stderr
+
+
+@pytest.mark.parametrize("origin", ["foo", "http://a.example/", "localhost:3000", "http://"])
+def test_what_is_no_origin_is_refused(origin: str) -> None:
+    done = run("--cors-origin", "http://localhost:3000", "--cors-origin", origin, "--port", "0")
+    assert done.returncode == 2 and "is not an origin" in " ".join(done.stderr.split())
 
 
 def test_a_port_that_is_taken(model: Path) -> None:
@@ -176,4 +195,5 @@ def test_a_port_that_is_taken(model: Path) -> None:
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
     done = run("--model", str(tmp_path / "nothing"), "--port", "0")
-    assert done.returncode == 1 and "nothing" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "nothing' does not exist" in done.stderr and "listening" not in done.stderr
+    assert "Traceback" not in done.stderr

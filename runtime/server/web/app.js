@@ -178,7 +178,7 @@ async function ask() {
   }
   await looking.end();
   answer.confidences = last.confidence ?? {};
-  if (answer.text) await look(asked, last.finish_reason === "stop");
+  if (answer.text) await look(asked, last.finish_reason === "stop" && last.stopped_by !== "closed");
   end(wasStopped ? "Stopped." : summary(last, timings));
 }
 
@@ -224,9 +224,10 @@ function end(message) {
 function summary(last, timings) {
   if (!last.finish_reason) return "The answer is not complete.";
   const parts = [];
-  if (last.finish_reason === "length") {
+  if (last.finish_reason === "length" || last.stopped_by === "closed") {
     parts.push(last.stopped_by === "repetition" ? "Stopped, as it repeated itself." : "The answer reached its limit.");
   }
+  if (last.schema_error) parts.push(`It is not as the schema wants it: ${last.schema_error}`);
   if (answer.parsed?.error) parts.push(`It is not as the task wants it: ${answer.parsed.error}`);
   if (timings) {
     const speed = timings.predicted_per_second ? `, ${timings.predicted_per_second.toFixed(1)} a second` : "";

@@ -17,6 +17,7 @@ from granite4v.errors import ConstraintError
 from granite4v.runtime.formats.otsl_grammar import OTSL
 from granite4v.runtime.formats.task_grammar import grammar_for
 from granite4v.runtime.grammar.grammar import Grammar
+from granite4v.runtime.grammar.schema import definite
 from tests.helpers.constrained import KINDS, allows, generated
 from tests.helpers.schemas import SHORT, kvp, of
 from tests.toy.spec import PRESETS
@@ -297,3 +298,11 @@ def test_a_grammar_is_plain_data() -> None:
     one, two = kvp(SCHEMAS["nested"]), kvp(copy.deepcopy(SCHEMAS["nested"]))
     assert one == two and hash(one) == hash(two) and one != kvp(SCHEMAS["list"])
     assert json.loads(one.schema)["properties"]["a"]["required"] == ["b"]
+
+
+@pytest.mark.parametrize("nothing", [{"not": {}}, {"not": True}])
+def test_a_not_that_excludes_everything_allows_nothing(nothing: dict[str, Any]) -> None:
+    with pytest.raises(ConstraintError, match="no answer can satisfy the JSON schema at '\\$'"):
+        definite(nothing)
+    text, warnings = definite({"type": "object", "properties": {"a": {"type": "string"}, "b": nothing}})
+    assert json.loads(text)["properties"]["b"] is False and warnings == ()

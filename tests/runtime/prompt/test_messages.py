@@ -37,6 +37,12 @@ def test_a_video_is_one_wherever_its_placeholder_is_written() -> None:
         assert conversation.images == [VideoOf(video)]
 
 
+def test_developers_are_the_system() -> None:
+    """OpenAI's newer name of the role, which templates would render as an unknown one."""
+    (message,) = normalize([{"role": "developer", "content": "Be brief."}]).messages
+    assert message == {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+
+
 def test_string_content_becomes_a_text_part() -> None:
     messages = [{"role": "system", "content": "brief"}, {"role": "user", "content": "hi"}]
     assert normalize(messages).messages == [{"role": "system", "content": [text("brief")]}, user(text("hi"))]

@@ -78,6 +78,24 @@ def test_any_json_object(tiny: Served) -> None:
         assert choice["finish_reason"] == "stop"  # closed within its limit
 
 
+def test_a_table_closed_within_its_limit_is_not_the_whole_answer(nano: Served) -> None:
+    """Its last rows are missing; only JSON for `response_format` ends with 'stop' then."""
+    asked, n = (image(PAGE), text("<tables_html>")), 30
+    (choice,) = nano.chat(*asked, max_tokens=n).json["choices"]
+    assert choice["message"]["content"].endswith("</table>")
+    assert (choice["finish_reason"], choice["stopped_by"]) == ("length", "closed")
+    *_, last = events(nano.chat(*asked, max_tokens=n, stream=True).body)[:-1]
+    assert (last["choices"][0]["finish_reason"], last["choices"][0]["stopped_by"]) == ("length", "closed")
+    item = {"role": "user", "content": [{"type": "input_image", "image_url": data_url(PAGE)}, asked[1]]}
+    body = {"input": [item], "max_output_tokens": n}
+    state = nano.post("/v1/responses", body).json
+    streamed = events(nano.post("/v1/responses", {**body, "stream": True}).body)[-1]
+    assert streamed["type"] == "response.incomplete"
+    for reply in (state, streamed["response"]):
+        assert (reply["status"], reply["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+        assert reply["stopped_by"] == "closed"
+
+
 def test_images_of_every_turn_and_form(tiny: Served, tiny_model: granite4v.Model) -> None:
     first, second, third = map(png, PICTURES)
     messages = [
@@ -184,6 +202,16 @@ def test_several_answers_to_one_request(tiny: Served) -> None:
     for i in range(3):
         mine = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == i]
         assert "".join(choice["delta"].get("content", "") for choice in mine) == texts[i]
+
+
+def test_developers_are_the_system(tiny: Served) -> None:
+    def prompt_tokens(role: str) -> tuple[int, int]:
+        turns = [{"role": role, "content": "Be brief."}, {"role": "user", "content": "A"}]
+        chat = tiny.post("/v1/chat/completions", {"messages": turns, "max_tokens": 1}).json["usage"]
+        state = tiny.post("/v1/responses", {"input": turns, "max_output_tokens": 1}).json["usage"]
+        return chat["prompt_tokens"], state["input_tokens"]
+
+    assert prompt_tokens("developer") == prompt_tokens("system")
 
 
 def test_variables_reach_the_template(tiny: Served) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import json
+import os
 import select
 import socket
 import threading
@@ -98,6 +100,7 @@ def test_files_that_are_none_are_called_by_their_places(strict: Served, part: An
     [
         ({"file_data": LOCKED}, "invalid_password", "password", "is encrypted; send its password as 'password', "),
         ({"file_data": LOCKED, "password": "no"}, "invalid_password", "password", "and its 'password' does not open "),
+        (data_url(png(Image.new("1", (10_000, 10_000)))), "invalid_image", "", "decompression bomb; scale it down."),
         (PDF, "invalid_image", "", "is a PDF, not an image; send it as a part of the type 'file'"),
     ],
 )  # fmt: skip
@@ -166,6 +169,8 @@ def test_a_field_of_the_wrong_type(tiny: Served, path: str, fields: dict[str, An
         ("/etc/passwd", "no_path"),
         ("file:///etc/passwd", "no_path"),
         ("data:image/png,abc", "invalid_data_url"),
+        (base64.b64encode(PICTURE).decode(), "invalid_data_url"),
+        ("A/" * 5000, "invalid_data_url"),
         ("data:image/png;base64,%%%", "invalid_base64"),
         ("data:image/png;base64,", "empty_file"),
     ],
@@ -189,6 +194,15 @@ def test_paths_that_are_allowed(tiny_model: granite4v.Model, tmp_path: Path) -> 
         assert status(f"{open_folder}/page.png") == 200 == status((open_folder / "page.png").as_uri())
         assert status(f"{closed}/page.png") == status(f"{open_folder}/../closed/page.png") == 400
         assert status(f"{open_folder}/link.png") == status(f"{open_folder}/none.png") == 400
+
+
+def test_a_pipe_that_nobody_writes_to_is_refused(tiny_model: granite4v.Model, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with served(tiny_model, ServerOptions(media_paths=(tmp_path,))) as server:
+        reply = server.chat({"type": "image_url", "image_url": f"{tmp_path}/pipe"}, text("?"))
+        assert (reply.status, reply.error["code"]) == (400, "invalid_image")
+        assert "image_url' is not a regular file; name one that is." in reply.error["message"]
+        server.wait_until_idle()
 
 
 def test_a_text_that_is_too_long_is_no_fault_of_the_server(tiny: Served, caplog: pytest.LogCaptureFixture) -> None:
@@ -251,7 +265,15 @@ def test_a_penalty_beyond_what_floats_hold(tiny: Served) -> None:
 
 
 def test_other_paths_and_methods(strict: Served) -> None:
-    assert strict.get("/nothing").status == 404 and strict.get("/nothing").error
+    for path, advice in (
+        ("/nothing", "expected one of /v1/chat/completions, "),
+        ("/chat/completions", "did you mean '/v1/chat/completions'?"),
+        ("/v1/chat/completion", "did you mean '/v1/chat/completions'?"),
+        ("/models/", "did you mean '/v1/models'?"),
+    ):
+        reply = strict.get(path)
+        assert reply.status == 404 and reply.error["message"].startswith(f"there is no path '{path.rstrip('/')}' here")
+        assert advice in reply.error["message"]
     reply = strict.get("/v1/chat/completions")
     assert reply.status == 405 and reply.headers["allow"] == "POST" and reply.error
 
