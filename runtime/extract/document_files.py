@@ -225,8 +225,10 @@ _NUMBER = re.compile(r"[+-]?\d+([.,'\s]\d+)*%?")
 
 def is_csv_safe(path: Path) -> bool:
     """Whether a CSV file was written for spreadsheets: it begins with a byte order mark."""
-    with disk_errors(path):
-        return path.suffix == ".csv" and path.is_file() and path.open("rb").read(len(BOM_UTF8)) == BOM_UTF8
+    if path.suffix != ".csv" or not path.is_file():
+        return False
+    with disk_errors(path), path.open("rb") as file:
+        return file.read(len(BOM_UTF8)) == BOM_UTF8
 
 
 def spreadsheet_text(text: str) -> str:

@@ -45,12 +45,14 @@ class Repetition:
 
     def push(self, piece: str) -> bool:
         """Adds a piece to the answer; True if the answer loops."""
-        self._text += piece
-        while self._rows.end in self._text:
-            part, end, self._text = self._text.partition(self._rows.end)
+        end = self._rows.end
+        *parts, rest = (self._text + piece).split(end)
+        for number, part in enumerate(parts, 1):
             self._n_checked = 0
             if self._end_part(part, len(part) + len(end)):
+                self._text = end.join([*parts[number:], rest])
                 return True
+        self._text = rest
         if len(self._text) - self._n_checked < _CHECKED_EVERY:
             return False
         self._n_checked = len(self._text)

@@ -46,13 +46,13 @@ def n_columns(kind: str) -> int:
 
 
 def places(kind: str) -> list[int]:
-    """Which block of a step is the i-th that is unpacked."""
+    """The order in which the blocks of a step are unpacked."""
     return [0, 2, 1, 3, 4, 6, 5, 7] if kind == "Q6_K" else list(range(step(kind) // BLOCK))
 
 
 def larger(kind: str, block: int) -> int:
-    """By how much the unpacked integers of a block of a step are too large, and its scales too small: bits that stay
-    where they are in a byte need no instruction."""
+    """The factor by which the unpacked integers of a block are too large, and its scales too small: bits that stay in
+    their place within a byte need no shift."""
     if kind == "Q4_K":
         return 16 if block % 2 else 1
     return 4 if kind == "Q6_K" and block % 4 == 3 else 1

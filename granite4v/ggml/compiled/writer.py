@@ -206,7 +206,7 @@ class Writer:
         return self.b.extract_element(vector, self.integer(0, self.i32))
 
     def least(self, a: Any, b: Any) -> Any:
-        """Of whole numbers."""
+        """Minimum of two integers."""
         return self.b.select(self.b.icmp_signed("<", a, b), a, b)
 
     def total(self, vector: Any) -> Any:
